@@ -157,10 +157,15 @@ def preprocess(frames: list[Image.Image], spec: MediaSpec) -> npt.NDArray[np.flo
     """Resize, crop and normalise RGB frames to FP32 [n, 3, H, W] in CLIP's way."""
     if not frames:
         raise ValueError("this is a bug: preprocess() needs at least one frame")
-    pixels = np.stack([np.asarray(_resize(frame, spec)) for frame in frames])  # [n, H, W, 3] uint8
-    scale = np.float32(1 / 255) / np.asarray(spec.std, np.float32)
-    offset = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
-    return np.ascontiguousarray((pixels * scale - offset).transpose(0, 3, 1, 2))
+    mean, std = (
+        np.asarray(values, np.float32)[:, None, None] for values in (spec.mean, spec.std)
+    )  # [3, 1, 1]
+    pixels = np.empty((len(frames), 3, *spec.size), np.float32)
+    for row, frame in zip(pixels, frames, strict=True):
+        row[:] = np.asarray(_resize(frame, spec)).transpose(2, 0, 1)
+    pixels *= np.float32(1 / 255) / std
+    pixels -= mean / std
+    return pixels
 
 
 def load(data: bytes, spec: MediaSpec) -> npt.NDArray[np.float32]:
