@@ -1,0 +1,40 @@
+# Every target makes what it needs; `make help` lists them. `PYTHON=/path/to/python3.11` picks the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+RELEASE := artifacts/releases/current
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint build-engines serve bench clean
+
+help:           ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:          ## Make .venv from requirements.lock and fetch perf_analyzer; at once when up to date
+	@$(PYTHON) tools/setup.py
+
+demo: setup     ## Generate data, train, build, serve and rank; DATA=dir: on a data set in the MovieLens layout
+	@$(BIN)/sightline demo $(if $(DATA),--data "$(DATA)")
+
+test: setup     ## Run all tests (unit, contract, end to end); T="-k name" passes options to pytest
+	@$(BIN)/python -m pytest -q $(T)
+
+lint: setup     ## ruff on everything, strict typing on sightline/ and client/
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy sightline client/sightline_client
+
+build-engines: setup  ## Turn the trained captioner and ranker into a release under artifacts/releases
+	@$(BIN)/sightline build
+
+serve: setup $(RELEASE)  ## Serve the current release through Triton until Ctrl-C
+	@$(BIN)/sightline serve
+
+bench: setup $(RELEASE)  ## Measure every model and the ensemble with perf_analyzer; report under artifacts/bench
+	@$(BIN)/sightline bench
+
+clean:          ## Remove environment, tools and caches; artifacts/ (data, models, reports) stays
+	rm -rf .venv .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RELEASE): | setup
+	@echo "There is no release yet: the demo trains and builds one (about 12 minutes)."
+	@$(MAKE) --no-print-directory demo
