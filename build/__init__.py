@@ -1,0 +1,1 @@
+"""Checkpoints → deployable artefacts, and the assembly of a release."""

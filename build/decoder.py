@@ -1,0 +1,19 @@
+"""Language model of a LLaVA checkpoint → the folder that the CPU decoder serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+
+def write_decoder(captioner_dir: Path, out_dir: Path) -> int:
+    """Write `config.json` and one `model.safetensors` of a LlamaForCausalLM; returns the hidden size."""
+    captioner = LlavaForConditionalGeneration.from_pretrained(captioner_dir, dtype="auto")
+    config = captioner.config.text_config
+    decoder = LlamaForCausalLM(config).to(captioner.dtype)
+    decoder.model.load_state_dict(captioner.model.language_model.state_dict())
+    decoder.lm_head.load_state_dict(captioner.lm_head.state_dict())
+    # One file: the decoder maps it into memory, so shards would buy nothing.
+    decoder.save_pretrained(out_dir, max_shard_size="1TB")
+    return int(config.hidden_size)

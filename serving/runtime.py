@@ -1,0 +1,86 @@
+"""What a Triton process needs on this machine: its binary, a backend folder, an environment, free ports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from sightline.errors import ServingError
+
+# The python-based CPU backends lie beside this package in the repository.
+STAND_INS = Path(__file__).parents[1] / "backends"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Triton as the `nvidia-pytriton` wheel carries it."""
+
+    binary: Path
+    python_backend: Path
+    stub: Path
+    libraries: Path
+
+    @classmethod
+    def find(cls) -> Runtime:
+        """Locate the wheel's parts for the running Python. Raises ServingError naming what is missing."""
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise ServingError("tritonserver: not found; expected the package nvidia-pytriton in this environment, "
+                               "run `make setup`")
+        package = Path(spec.origin).parent
+        server = package / "tritonserver"
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        found = cls(
+            binary=server / "bin" / "tritonserver",
+            python_backend=server / "backends" / "python",
+            stub=server / "python_backend_stubs" / python / "triton_python_backend_stub",
+            libraries=package.parent / "nvidia_pytriton.libs",
+        )
+        for path in (found.binary, found.python_backend, found.stub, found.libraries):
+            if not path.exists():
+                raise ServingError(f"{path}: missing; expected nvidia-pytriton with a stub for Python {python}, "
+                                   "run `make setup`")
+        return found
+
+    def make_backends(self, folder: Path) -> None:
+        """Fill a backend folder: the python backend with the stub of this Python, and the CPU stand-ins."""
+        python = folder / "python"
+        python.mkdir(parents=True)
+        for path in (*self.python_backend.iterdir(), self.stub):
+            if path.is_file():
+                (python / path.name).symlink_to(path)
+        for backend in STAND_INS.iterdir():
+            (folder / backend.name).symlink_to(backend)
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, so changed that the python stubs find this interpreter and its packages."""
+        libraries = [str(self.libraries), str(sysconfig.get_config_var("LIBDIR"))]
+        return os.environ | {
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_entries("LD_LIBRARY_PATH")]),
+            # A stub takes its packages from the first python3 on the path.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_entries("PATH")]),
+            # A release stays what was verified: no __pycache__ in it.
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+
+def choose_port(name: str, host: str, port: int) -> int:
+    """`port` if nothing listens there, a free one for 0. Raises ServingError naming the option otherwise."""
+    with socket.socket() as probe:
+        # As Triton does: a connection in TIME_WAIT from an earlier run does not make the port busy.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(f"{name} {port}: cannot listen on {host}:{port} ({error.strerror}); "
+                               "stop what uses it or choose another port") from error
+        return int(probe.getsockname()[1])
+
+
+def _entries(variable: str) -> list[str]:
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]

@@ -1,0 +1,214 @@
+"""One Triton process that serves one release, from verification to a clean end."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from sightline.errors import ServingError
+from sightline.release import verify
+from serving.probe import canary
+from serving.runtime import Runtime, choose_port
+
+# Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends the
+# server's process group and removes the shared memory that a killed server leaves. $1 group, $2 region prefix.
+GUARD = """
+read -r _
+kill -TERM -- "-$1"; tries=0
+while kill -0 -- "-$1" && [ $tries -lt 200 ]; do sleep 0.1; tries=$((tries+1)); done
+kill -KILL -- "-$1"
+rm -f "/dev/shm/$2"*
+"""
+LOADED = re.compile(r"successfully loaded '(\w+)'")
+FAILED = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
+# The last of the services that Triton starts after the models.
+READY = "Started Metrics Service"
+
+
+class TritonServer:
+    """Context manager: verifies the release, starts Triton, waits for a canary inference, stops it without a trace.
+
+        with TritonServer(release_dir) as server:
+            client = tritonclient.grpc.InferenceServerClient(server.url)
+
+    Attributes:
+        manifest: the verified release's.
+        url, http_url, metrics_url: `host:port` of gRPC and HTTP, URL of the Prometheus metrics.
+        start_seconds: from the start of the process to the canary's answer.
+        log_path: the server's whole log.
+    """
+
+    def __init__(
+        self,
+        release_dir: str | Path,
+        *,
+        host: str = "127.0.0.1",
+        grpc_port: int = 0,
+        http_port: int = 0,
+        metrics_port: int = 0,
+        log_path: str | Path | None = None,
+        timeout: float = 300.0,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Port 0 takes a free one; `timeout` bounds the start in seconds; `progress` gets one line per step.
+
+        Raises:
+            ReleaseError: the release is damaged.
+            ServingError: a port is busy, or the server's files are missing.
+        """
+        self.release_dir = Path(release_dir).resolve()
+        self.manifest = verify(self.release_dir)
+        self._runtime = Runtime.find()
+        self._host = host
+        self._grpc = choose_port("--grpc-port", host, grpc_port)
+        self._http = choose_port("--http-port", host, http_port)
+        self._metrics = choose_port("--metrics-port", host, metrics_port)
+        self.url, self.http_url = f"{host}:{self._grpc}", f"{host}:{self._http}"
+        self.metrics_url = f"http://{host}:{self._metrics}/metrics"
+        self._token = f"sightline_{os.getpid()}_{secrets.token_hex(4)}"
+        self.log_path = Path(log_path or f"artifacts/logs/{self._token}.log").resolve()
+        self._timeout = timeout
+        self._progress = progress
+        self._events: queue.Queue[tuple[str, str]] = queue.Queue()
+        self.start_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._run_dir = Path(tempfile.mkdtemp(prefix=f"{self._token}_"))
+        try:
+            self._start()
+            self._await_models()
+            canary(self.url)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_seconds = time.monotonic() - self._started
+        self._progress(f"canary answered, {self.start_seconds:.1f} s after the start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver; its python stubs are in the process group of the same number."""
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Block until the server ends by itself, which it should not: raises ServingError then."""
+        code = self._process.wait()
+        raise ServingError(f"tritonserver ended with code {code}; its log is {self.log_path}")
+
+    def statistics(self) -> dict[str, Any]:
+        """Per model: inferences, executions (batches) and mean milliseconds per request (queue, compute, total)."""
+        import tritonclient.grpc as triton
+
+        with triton.InferenceServerClient(self.url) as client:
+            models = client.get_inference_statistics(as_json=True)["model_stats"]
+        return {model["name"]: _summary(model) for model in models}
+
+    def stop(self) -> None:
+        """End the server, its stubs and its shared memory; nothing happens when they are gone."""
+        if hasattr(self, "_guard"):
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            self._process.wait()
+            self._guard.wait()
+            self._reader.join()
+            del self._guard
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _start(self) -> None:
+        backends = self._run_dir / "backends"
+        self._runtime.make_backends(backends)
+        repository = self.release_dir / "model_repository"
+        models = sorted(path.name for path in repository.iterdir())
+        command = [
+            str(self._runtime.binary),
+            f"--model-repository={repository}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._token}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={model}" for model in models),
+            f"--model-load-thread-count={len(models)}",
+            # The release's configurations are complete; completing them again would start every stub twice.
+            "--disable-auto-complete-config",
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+            f"--grpc-address={self._host}", f"--grpc-port={self._grpc}",
+            f"--http-address={self._host}", f"--http-port={self._http}",
+            f"--metrics-address={self._host}", f"--metrics-port={self._metrics}",
+        ]  # fmt: skip
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._progress(f"starting Triton with release {self.manifest.release}; log: {self.log_path}")
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            command, env=self._runtime.environment(), start_new_session=True, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self._guard = subprocess.Popen(
+            ["sh", "-c", GUARD, "guard", str(self._process.pid), self._token], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, output: IO[str]) -> None:
+        """Copy the server's output to the log; turn the lines that matter into events."""
+        with output, self.log_path.open("w") as log:
+            for line in output:
+                log.write(line)
+                log.flush()
+                if found := LOADED.search(line):
+                    self._events.put(("loaded", found[1]))
+                elif found := FAILED.search(line):
+                    self._events.put(("failed", f"{found[1]}: {found[2]}"))
+                elif READY in line:
+                    self._events.put(("ready", ""))
+        self._events.put(("ended", ""))
+
+    def _await_models(self) -> None:
+        failure = "the server ended"
+        while True:
+            left = self._started + self._timeout - time.monotonic()
+            try:
+                kind, detail = self._events.get(timeout=max(left, 0))
+            except queue.Empty:
+                raise ServingError(f"the models did not load within {self._timeout:.0f} s; "
+                                   f"the server's log is {self.log_path}") from None
+            if kind == "loaded":
+                self._progress(f"{detail:<16} loaded after {time.monotonic() - self._started:5.1f} s")
+            elif kind == "failed":
+                failure = detail
+            elif kind == "ready":
+                return
+            else:
+                raise ServingError(f"Triton did not start: {failure}; the server's log is {self.log_path}")
+
+
+def _summary(model: dict[str, Any]) -> dict[str, float]:
+    times = model.get("inference_stats", {})
+    count = int(times.get("success", {}).get("count", 0))
+
+    def milliseconds(part: str) -> float:
+        return int(times.get(part, {}).get("ns", 0)) / max(count, 1) / 1e6
+
+    return {
+        "inferences": int(model.get("inference_count", 0)),
+        "executions": int(model.get("execution_count", 0)),
+        "queue_ms": milliseconds("queue"),
+        "compute_ms": milliseconds("compute_infer"),
+        "total_ms": milliseconds("success"),
+    }
