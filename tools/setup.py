@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -119,11 +120,12 @@ def find_python() -> str:
     """A Python 3.11: the running one, or the first that answers on PATH."""
     if sys.version_info[:2] == PYTHON:
         return sys.executable
-    candidate = shutil.which("python3.11")
     probe = "import sys; print(sys.version_info[:2] == (3, 11))"
-    # A pyenv shim is on PATH whether or not it leads anywhere, so the answer counts, not the file.
-    if candidate and run([candidate, "-c", probe]).stdout.strip() == "True":
-        return candidate
+    for folder in os.get_exec_path():
+        candidate = shutil.which("python3.11", path=folder)
+        # A pyenv shim is on PATH whether or not it leads anywhere, so the answer counts, not the file.
+        if candidate and run([candidate, "-c", probe]).stdout.strip() == "True":
+            return candidate
     raise SetupError(f"Python 3.11 is needed; this is {platform.python_version()} and PATH has no working "
                      "python3.11. Install it (Debian, Ubuntu: python3.11 and python3.11-venv), or name one: "
                      "make setup PYTHON=/path/to/python3.11")
