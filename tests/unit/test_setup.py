@@ -83,7 +83,7 @@ def test_python_311_is_searched_on_path(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(setup, "sys", SimpleNamespace(version_info=(3, 13, 0), executable="/other/python"))
     shim, real = tmp_path / "shims" / "python3.11", tmp_path / "bin" / "python3.11"
     monkeypatch.setenv("PATH", f"{shim.parent}{os.pathsep}{real.parent}")
-    for path, script in ((shim, "echo 'pyenv: python3.11: command not found' >&2; exit 127"), (real, "echo True")):
+    for path, script in ((shim, "echo 'pyenv: command not found' >&2; exit 127"), (real, "echo True")):
         path.parent.mkdir()
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
