@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sightline.errors import SightlineError
+from sightline.errors import ConfigError, SightlineError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Let a recommender see its items.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Let a recommender see its items.",
+)
 data = typer.Typer(no_args_is_help=True, help="Generate, import and validate data sets.")
 train = typer.Typer(no_args_is_help=True, help="Train the captioner and the ranker.")
 release = typer.Typer(no_args_is_help=True, help="List, verify and roll back releases.")
@@ -20,6 +26,90 @@ app.add_typer(train, name="train")
 app.add_typer(release, name="release")
 
 # --- data -----------------------------------------------------------------------------------------
+
+
+@data.command("import-movielens")
+def import_movielens(
+    folder: Annotated[Path, typer.Argument(help="Folder with ratings.csv, movies.csv and posters/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/movielens"),
+    positive_rating: Annotated[float, typer.Option(help="Lowest rating whose label is 1.")] = 4.0,
+) -> None:
+    """Import MovieLens ratings and posters."""
+    from catalogue import importers
+
+    _imported(out, importers.import_movielens(folder, out, positive_rating=positive_rating))
+
+
+class EmojiStyle(StrEnum):
+    openmoji = "openmoji"
+    twemoji = "twemoji"
+
+
+@data.command("import-emoji")
+def import_emoji(
+    folder: Annotated[Path, typer.Argument(help="Folder with emoji.csv, openmoji/ and twemoji/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/emoji"),
+    style: Annotated[EmojiStyle, typer.Option(help="Whose drawings.")] = EmojiStyle.openmoji,
+) -> None:
+    """Import emoji with their annotations."""
+    from catalogue import importers
+
+    _imported(out, importers.import_emoji(folder, out, style=style.value))
+
+
+@data.command("import")
+def import_table(
+    items: Annotated[Path, typer.Argument(help="Items, .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/imported"),
+    media: Annotated[
+        Path | None, typer.Option(help="Folder of the media files; by default that of ITEMS.")
+    ] = None,
+    interactions: Annotated[Path | None, typer.Option(help="Interactions, .csv or .parquet.")] = None,
+    item_column: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COLUMN: where item_id, media, created_at or text is called otherwise."),
+    ] = None,
+    interaction_column: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COLUMN for user_id, item_id, timestamp, label, context_<name>."),
+    ] = None,
+) -> None:
+    """Import tables of any origin with a folder of media."""
+    from catalogue import importers
+
+    record = importers.import_table(
+        items,
+        out,
+        media_folder=media,
+        interactions_file=interactions,
+        item_columns=_pairs("--item-column", item_column),
+        interaction_columns=_pairs("--interaction-column", interaction_column),
+    )
+    _imported(out, record)
+
+
+@data.command("validate")
+def validate_data(folder: Annotated[Path, typer.Argument(help="Folder of the data set.")]) -> None:
+    """Check a data set; print what is in it as JSON."""
+    from sightline.schema import validate
+
+    typer.echo(json.dumps(validate(folder), indent=1))
+
+
+def _imported(out: Path, record: dict[str, Any]) -> None:
+    """Report files that had to be left out, then check and describe what was written."""
+    for rejected in record["rejected_media"]:
+        typer.echo("item {item_id}: {file} left out: {reason}".format(**rejected), err=True)
+    validate_data(out)
+
+
+def _pairs(flag: str, values: list[str] | None) -> dict[str, str]:
+    pairs = dict(value.partition("=")[::2] for value in values or [])
+    for name, column in pairs.items():
+        if not name or not column:
+            raise ConfigError(f"{flag}: expected NAME=COLUMN, got {name!r}")
+    return pairs
+
 
 # --- train ----------------------------------------------------------------------------------------
 
