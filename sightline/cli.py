@@ -117,6 +117,31 @@ def _pairs(flag: str, values: list[str] | None) -> dict[str, str]:
 
 # --- serve and rank -------------------------------------------------------------------------------
 
+# --- benchmark --------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    data: Annotated[Path | None, typer.Option(help="Data set whose newest items are sent.")] = None,
+    releases: Annotated[Path | None, typer.Option(help="Its current release is served.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Gets one folder per run.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Give it several times.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Repetitions; figures are their medians.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute, to see that it works.")] = False,
+) -> None:
+    """Measure every model and the ensemble with perf_analyzer; the last line is JSON."""
+    import json
+
+    from benchmarks.throughput import BenchOptions, opening
+    from benchmarks.throughput import bench as run_bench
+
+    given = {"data": data, "releases": releases, "out": out, "runs": runs,
+             "concurrency": tuple(concurrency) if concurrency else None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = BenchOptions.quick(**chosen) if quick else BenchOptions(**chosen)
+    typer.echo(opening(options))
+    typer.echo(json.dumps(run_bench(options, progress=typer.echo), separators=(",", ":")))
+
 
 def main() -> None:
     """Entry point: errors that Sightline raises on purpose end in one line and exit code 1."""

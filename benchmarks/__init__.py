@@ -1,0 +1,1 @@
+"""What serving costs, measured with perf_analyzer against a real server."""
