@@ -117,6 +117,17 @@ def _pairs(flag: str, values: list[str] | None) -> dict[str, str]:
 
 # --- serve and rank -------------------------------------------------------------------------------
 
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def rank(context: typer.Context) -> None:
+    """Rank images and videos for a user through a running server; `sightline rank --help` says more."""
+    from sightline_client.cli import main as client
+
+    client(context.args, "sightline rank")
+
+
 # --- benchmark --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,155 @@
+"""The two clients: each performs the steps of `protocol.Session` in its own way of waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import tritonclient.grpc
+import tritonclient.grpc.aio
+from tritonclient.utils import InferenceServerException
+
+from sightline_client.protocol import MODEL, TLS, Ask, ModelInfo, Pause, Ranked, Session
+
+__all__ = ["AsyncRankClient", "RankClient"]
+
+
+class RankClient:
+    """Ranks media for a user.
+
+    >>> with RankClient("localhost:8001", timeout=2.0) as client:    # doctest: +SKIP
+    ...     client.rank(17, [open("mug.png", "rb").read()])
+
+    Args:
+        url: host:port of the server's gRPC endpoint.
+        timeout: seconds for one call with all its chunks and retries.
+        retries: further attempts after UNAVAILABLE, with jittered backoff, while the timeout allows.
+        tls: encrypt, and check the server; None speaks plain text.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 10.0, retries: int = 3, tls: TLS | None = None) -> None:
+        self._session = Session(timeout=timeout, retries=retries)
+        self._server = tritonclient.grpc.InferenceServerClient(url, **_tls_arguments(tls))
+
+    def rank(
+        self,
+        user_id: int,
+        media: Sequence[bytes],
+        *,
+        item_ids: Sequence[int] | None = None,
+        context: Mapping[str, int] | None = None,
+    ) -> list[Ranked]:
+        """Rank images and videos, best first; media that cannot be used come last, with their reason.
+
+        Args:
+            user_id: 0 or a user unknown to the ranker gives the ranking for nobody in particular.
+            media: bytes of each image or video, any number.
+            item_ids: their catalogue ids, 0 where they have none; None means none has.
+            context: index per context name of the served ranker; 0 where not given.
+
+        Raises:
+            InvalidArgument: wrong arguments.
+            DeadlineExceeded, Unavailable, ServerError: see `sightline_client.errors`.
+        """
+        steps = self._session.rank(user_id, media, item_ids, context)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = self._perform(step)
+                except InferenceServerException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as stop:
+            ranked: list[Ranked] = stop.value
+            return ranked
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the server said about its model; None before the first `rank`."""
+        return self._session.info
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._server.close()
+
+    def _perform(self, step: Ask | Pause) -> Any:
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        if step.inputs is None:
+            return self._server.get_model_config(MODEL, client_timeout=step.timeout)
+        return self._server.infer(**step.infer_arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncRankClient:
+    """`RankClient` for asyncio: the same arguments, results and errors."""
+
+    def __init__(self, url: str, *, timeout: float = 10.0, retries: int = 3, tls: TLS | None = None) -> None:
+        self._session = Session(timeout=timeout, retries=retries)
+        self._server = tritonclient.grpc.aio.InferenceServerClient(url, **_tls_arguments(tls))
+
+    async def rank(
+        self,
+        user_id: int,
+        media: Sequence[bytes],
+        *,
+        item_ids: Sequence[int] | None = None,
+        context: Mapping[str, int] | None = None,
+    ) -> list[Ranked]:
+        """See `RankClient.rank`."""
+        steps = self._session.rank(user_id, media, item_ids, context)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await self._perform(step)
+                except InferenceServerException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as stop:
+            ranked: list[Ranked] = stop.value
+            return ranked
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the server said about its model; None before the first `rank`."""
+        return self._session.info
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._server.close()
+
+    async def _perform(self, step: Ask | Pause) -> Any:
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        if step.inputs is None:
+            return await self._server.get_model_config(MODEL, client_timeout=step.timeout)
+        return await self._server.infer(**step.infer_arguments)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _tls_arguments(tls: TLS | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    names = {"root_certificates": tls.ca, "certificate_chain": tls.cert, "private_key": tls.key}
+    return {"ssl": True} | {name: str(path) for name, path in names.items() if path is not None}
