@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
-import struct
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import av
@@ -19,74 +17,9 @@ from PIL import Image
 
 from sightline.errors import ConfigError, MediaError
 from sightline.media import MediaSpec, content_hash, decode, load, preprocess, sniff
+from tests.media_files import NOISE, RNG, audio_only, bomb_png, clip, encoded, picture
 
 SPEC = MediaSpec(size=(32, 32))
-RNG = np.random.default_rng(7)
-NOISE = RNG.integers(0, 256, (40, 56, 3), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def picture(format: str = "PNG", **options: object) -> bytes:
-    return encoded(Image.fromarray(NOISE), format, **options)
-
-
-def clip(
-    path: Path,
-    levels: list[int],
-    size: tuple[int, int] = (64, 64),
-    codec: str = "libx264",
-    gop: int = 12,
-    rotation: int = 0,
-    movflags: str = "",
-    bframes: int = 2,
-    noise: bool = False,
-) -> bytes:
-    """A video whose frame i is grey of `levels[i]`, or noise; its left half is black if it is rotated."""
-    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
-        stream = container.add_stream(
-            codec, rate=10, options={"bf": str(bframes)} if codec == "libx264" else {}
-        )
-        stream.height, stream.width = size
-        stream.pix_fmt, stream.gop_size = "yuv420p", gop
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for level in levels:
-            pixels = np.full((*size, 3), level, np.uint8)
-            if rotation:
-                pixels[:, : size[1] // 2] = 0
-            if noise:
-                pixels = RNG.integers(0, 256, pixels.shape, dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path.read_bytes()
-
-
-def audio_only(path: Path) -> bytes:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 8000
-        for packet in [*stream.encode(frame), *stream.encode()]:
-            container.mux(packet)
-    return path.read_bytes()
-
-
-def bomb_png(side: int = 20_000) -> bytes:
-    """A valid 1-bit PNG of side x side in a few kilobytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def levels_of(frames: list[Image.Image]) -> list[int]:
