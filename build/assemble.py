@@ -18,7 +18,7 @@ from build.decoder import write_decoder
 from build.ranker_onnx import export_ranker
 from build.render import render
 from build.vision_onnx import export_vision
-from sightline import release
+from sightline import __version__, release
 from sightline.errors import ReleaseError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
@@ -29,7 +29,7 @@ SOURCE = Path(__file__).parents[1] / "model_repository"
 # What the caption model reads of a captioner folder; weights go to vision_encoder and tensorrt_llm.
 CAPTION_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", "sightline.json")
 STAND_INS = ["onnxruntime (python, CPU)", "tensorrtllm (python, CPU)"]
-PACKAGES = ("sightline", "torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
 
 
 def build_release(
@@ -58,7 +58,7 @@ def build_release(
         progress("vision tower and projector → ONNX")
         vision = export_vision(captioner_dir, models / "vision_encoder" / "1" / "model.onnx")
         progress("language model → decoder of the CPU backend")
-        hidden = write_decoder(captioner_dir, models / "tensorrt_llm" / "1" / "decoder")
+        decoder = write_decoder(captioner_dir, models / "tensorrt_llm" / "1" / "decoder")
         progress("ranker → ONNX")
         _place_ranker(ranker_dir, models, staged)
         for name in CAPTION_FILES:
@@ -68,26 +68,32 @@ def build_release(
         dims = _ranker_dims(models, ranker) | {
             "pixel_values": [3, vision.height, vision.width],
             "image_features": [vision.tokens, vision.hidden],
-            "prompt_embedding_table": [-1, hidden],
+            "prompt_embedding_table": [-1, decoder.hidden_size],
         }
         if (vision.height, vision.width) != media.size:
             raise ReleaseError(f"{captioner_dir}/preprocessor_config.json: frames of {media.size}, but the vision tower "
                                f"takes {(vision.height, vision.width)}")
+        longest = len(prompt.ids(media.frames * vision.tokens)) + prompt.max_new_tokens
+        if longest > decoder.max_position_embeddings:
+            raise ReleaseError(f"{captioner_dir}/sightline.json: a video of {media.frames} frames, the prompt and the "
+                               f"caption take {longest} positions, the language model has "
+                               f"{decoder.max_position_embeddings}; lower video_frames or max_new_tokens")
         configs = {path.parent.name: render(path, dims) for path in models.glob("*/config.pbtxt")}
         encoder_batch = configs["vision_encoder"].max_batch_size
         render(models / "caption" / "config.pbtxt", {}, {"vision_encoder_max_batch_size": str(encoder_batch)})
         for path in staged.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as somebody else
-        identity = release.release_id("cpu", release.hash_files(staged))
-        render(models / "rank_media" / "config.pbtxt", {},
-               {"release": identity, "context": json.dumps(ranker["context"])})
+        ensemble = models / "rank_media" / "config.pbtxt"
+        render(ensemble, {}, {"context": json.dumps(ranker["context"])})
+        identity = release.release_id("cpu", staged)
+        render(ensemble, {}, {"release": identity})
         manifest = Manifest(
             release=identity, created_at=datetime.now(UTC), lane="cpu", stand_ins=STAND_INS, components=components,
             limits=Limits(
                 batch_size=configs["rank_media"].max_batch_size, media_bytes=media.max_bytes,
                 media_pixels=media.max_pixels, video_frames=media.frames, caption_tokens=prompt.max_new_tokens,
             ),
-            built_with={package: version(package) for package in PACKAGES},
+            built_with={"sightline": __version__} | {package: version(package) for package in PACKAGES},
             files=release.hash_files(staged),
         )  # fmt: skip
         (staged / release.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 
-def write_decoder(captioner_dir: Path, out_dir: Path) -> int:
-    """Write `config.json` and one `model.safetensors` of a LlamaForCausalLM; returns the hidden size."""
+def write_decoder(captioner_dir: Path, out_dir: Path) -> LlamaConfig:
+    """Write `config.json` and one `model.safetensors` of a LlamaForCausalLM; returns its configuration."""
     captioner = LlavaForConditionalGeneration.from_pretrained(captioner_dir, dtype="auto")
     config = captioner.config.text_config
     decoder = LlamaForCausalLM(config).to(captioner.dtype)
@@ -16,4 +16,4 @@ def write_decoder(captioner_dir: Path, out_dir: Path) -> int:
     decoder.lm_head.load_state_dict(captioner.lm_head.state_dict())
     # One file: the decoder maps it into memory, so shards would buy nothing.
     decoder.save_pretrained(out_dir, max_shard_size="1TB")
-    return int(config.hidden_size)
+    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 import sys
 import sysconfig
@@ -48,14 +49,14 @@ class Runtime:
         return found
 
     def make_backends(self, folder: Path) -> None:
-        """Fill a backend folder: the python backend with the stub of this Python, and the CPU stand-ins."""
-        python = folder / "python"
-        python.mkdir(parents=True)
-        for path in (*self.python_backend.iterdir(), self.stub):
-            if path.is_file():
-                (python / path.name).symlink_to(path)
-        for backend in STAND_INS.iterdir():
-            (folder / backend.name).symlink_to(backend)
+        """Fill a backend folder: the python backend with the stub of this Python, and the CPU stand-ins.
+
+        Copies, because Triton refuses a library that a symlink takes out of the backend folder.
+        """
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(self.python_backend, folder / "python", ignore=skip)
+        shutil.copy(self.stub, folder / "python")
+        shutil.copytree(STAND_INS, folder, ignore=skip, dirs_exist_ok=True)
 
     def environment(self) -> dict[str, str]:
         """This process's environment, so changed that the python stubs find this interpreter and its packages."""

@@ -22,12 +22,12 @@ from serving.probe import canary
 from serving.runtime import Runtime, choose_port
 
 # Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends the
-# server's process group and removes the shared memory that a killed server leaves. $1 group, $2 region prefix.
+# server ($1, also its process group) and removes what a killed one leaves: its stubs and shared memory ($2…).
 GUARD = """
 read -r _
-kill -TERM -- "-$1"; tries=0
-while kill -0 -- "-$1" && [ $tries -lt 200 ]; do sleep 0.1; tries=$((tries+1)); done
-kill -KILL -- "-$1"
+kill -s TERM "$1"; tries=0
+while kill -s 0 "$1" && [ $tries -lt 200 ]; do sleep 0.1; tries=$((tries+1)); done
+kill -s KILL -- "-$1"
 rm -f "/dev/shm/$2"*
 """
 LOADED = re.compile(r"successfully loaded '(\w+)'")

@@ -40,8 +40,9 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-# Carries the release's own id, so the id cannot depend on it. Its hash is in the manifest like every other file's.
+# The file that carries the release's own id, for clients to ask for; and what stands there before the id is known.
 ID_BEARER = "model_repository/rank_media/config.pbtxt"
+UNPUBLISHED = "unpublished"
 
 
 class _Record(BaseModel):
@@ -99,10 +100,15 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def release_id(lane: str, files: dict[str, str]) -> str:
-    """The id follows from the content: the same parts built twice are the same release."""
-    lines = sorted(f"{name} {digest}\n" for name, digest in files.items() if name != ID_BEARER)
-    return f"{lane}-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:12]}"
+def release_id(lane: str, folder: Path, known: str = UNPUBLISHED) -> str:
+    """The id follows from the content, so the same parts built twice are the same release.
+
+    One file carries the id itself; it counts as it was before the id was `known`.
+    """
+    files = hash_files(folder)
+    bearer = (folder / ID_BEARER).read_bytes().replace(known.encode(), UNPUBLISHED.encode())
+    lines = [f"{name} {digest}\n" for name, digest in sorted(files.items()) if name != ID_BEARER]
+    return f"{lane}-{hashlib.sha256(''.join(lines).encode() + bearer).hexdigest()[:12]}"
 
 
 def read_manifest(release_dir: Path) -> Manifest:
@@ -135,9 +141,9 @@ def verify(release_dir: Path) -> Manifest:
         shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ReleaseError(f"release {manifest.release} in {release_dir} is damaged: {shown}. "
                            "Build it again or roll back")
-    if release_id(manifest.lane, found) != manifest.release:
-        raise ReleaseError(f"{release_dir / MANIFEST}: the files are release {release_id(manifest.lane, found)}, the "
-                           f"manifest says {manifest.release}; it was put together from different releases")
+    if (actual := release_id(manifest.lane, release_dir, manifest.release)) != manifest.release:
+        raise ReleaseError(f"{release_dir / MANIFEST}: the files are release {actual}, the manifest says "
+                           f"{manifest.release}; it was put together from different releases")
     return manifest
 
 
