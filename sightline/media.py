@@ -227,7 +227,9 @@ def _decode_video(data: bytes, found: _Format, spec: MediaSpec) -> list[Image.Im
         if not videos:
             raise MediaError(f"{found.label} has no video stream")
         stream = videos[0]
-        context = stream.codec_context
+        context: VideoCodecContext | None = stream.codec_context
+        if context is None:
+            raise MediaError(f"{found.label} has a codec that cannot be decoded")
         context.thread_count = 1  # clips are short and the server's parallelism is across requests
         _check_size(context.width, context.height, found, spec)
         if container.duration is not None and container.duration / av.time_base > spec.max_seconds:

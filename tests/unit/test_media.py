@@ -224,6 +224,12 @@ def test_audio_only_mp4_is_refused(tmp_path: Path) -> None:
         decode(audio_only(tmp_path / "a.mp4"), SPEC)
 
 
+def test_unknown_codec_is_refused(tmp_path: Path) -> None:
+    data = clip(tmp_path / "v.mp4", [0] * 8)
+    with pytest.raises(MediaError, match="a codec that cannot be decoded"):
+        decode(data.replace(b"avc1", b"zzz1"), SPEC)
+
+
 @pytest.mark.parametrize("movflags", ["", "faststart", "frag_keyframe+empty_moov"])
 def test_truncated_mp4_is_refused(tmp_path: Path, movflags: str) -> None:
     data = clip(tmp_path / "v.mp4", [0] * 20, movflags=movflags, noise=True)
