@@ -31,6 +31,8 @@ kill -s KILL -- "-$1"
 rm -f "/dev/shm/$2"*
 """
 LOADED = re.compile(r"successfully loaded '(\w+)'")
+# Triton's complaints on a machine without a GPU; true, and nothing to act on. They stay in the log.
+NOISE = re.compile("cuda", re.IGNORECASE)
 FAILED = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 # The last of the services that Triton starts after the models.
 READY = "Started Metrics Service"
@@ -177,6 +179,8 @@ class TritonServer:
                     self._events.put(("failed", f"{found[1]}: {found[2]}"))
                 elif READY in line:
                     self._events.put(("ready", ""))
+                elif line.startswith("E") and not NOISE.search(line):
+                    self._progress(line.rstrip())
         self._events.put(("ended", ""))
 
     def _await_models(self) -> None:

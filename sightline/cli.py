@@ -115,7 +115,75 @@ def _pairs(flag: str, values: list[str] | None) -> dict[str, str]:
 
 # --- build and release ------------------------------------------------------------------------------
 
+Releases = Annotated[Path, typer.Option("--releases", help="Folder of the releases.")]
+RELEASES = Path("artifacts/releases")
+
+
+@app.command()
+def build(
+    captioner: Annotated[Path, typer.Option(help="Folder of the captioner.")] = Path("artifacts/captioner"),
+    ranker: Annotated[Path, typer.Option(help="Folder of the ranker.")] = Path("artifacts/ranker"),
+    releases: Releases = RELEASES,
+) -> None:
+    """Turn a captioner and a ranker into a release and publish it; prints its id."""
+    from build.assemble import build_release
+
+    typer.echo(build_release(captioner, ranker, releases, progress=lambda line: typer.echo(line, err=True)))
+
+
+@release.command("list")
+def list_all(releases: Releases = RELEASES) -> None:
+    """One line per release, oldest first; the current one has a star."""
+    from sightline.release import current, list_releases
+
+    manifests = list_releases(releases)
+    now = current(releases).name if manifests else ""
+    for manifest in manifests:
+        parts = manifest.components
+        typer.echo(
+            f"{'*' if manifest.release == now else ' '} {manifest.release}  {manifest.created_at:%Y-%m-%d %H:%M:%S}"
+            f"  captioner {parts.captioner}, tokens {parts.token_spec}, ranker {parts.ranker}"
+        )
+
+
+@release.command("verify")
+def verify_one(
+    name: Annotated[str, typer.Argument(help="Release id.")] = "current", releases: Releases = RELEASES
+) -> None:
+    """Compare every file of a release with its manifest."""
+    from sightline.release import verify
+
+    manifest = verify(releases / name)
+    typer.echo(f"{manifest.release}: {len(manifest.files)} files as published")
+
+
+@release.command("rollback")
+def roll_back(releases: Releases = RELEASES) -> None:
+    """Make the release published before the current one current again; prints its id."""
+    from sightline.release import rollback
+
+    typer.echo(rollback(releases))
+
+
 # --- serve and rank -------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    name: Annotated[str, typer.Option("--release", help="Release id.")] = "current",
+    releases: Releases = RELEASES,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
+) -> None:
+    """Serve a release through Triton until Ctrl-C."""
+    from serving.serve import serve_until_stopped
+
+    serve_until_stopped(
+        releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
+    )
+
 
 
 @app.command(
