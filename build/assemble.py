@@ -12,6 +12,7 @@ from typing import Any
 
 import onnxruntime
 import pyarrow.parquet as pq
+from sightline.tokens import TokenSpec
 from transformers.utils import logging as transformers_logging
 
 from build.decoder import write_decoder
@@ -23,11 +24,16 @@ from sightline.errors import ReleaseError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
 from sightline.release import Components, Limits, Manifest
-from sightline.tokens import TokenSpec
 
 SOURCE = Path(__file__).parents[1] / "model_repository"
 # What the caption model reads of a captioner folder; weights go to vision_encoder and tensorrt_llm.
-CAPTION_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", "sightline.json")
+CAPTION_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sightline.json",
+)
 STAND_INS = ["onnxruntime (python, CPU)", "tensorrtllm (python, CPU)"]
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
 
@@ -39,7 +45,7 @@ def build_release(
     *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Export both parts, put them into a model repository with a manifest, publish it; returns the release id.
+    """Export both parts, put them into a model repository, publish it; returns the release id.
 
     An interrupted or refused build leaves nothing but what was published before.
 
@@ -71,13 +77,17 @@ def build_release(
             "prompt_embedding_table": [-1, decoder.hidden_size],
         }
         if (vision.height, vision.width) != media.size:
-            raise ReleaseError(f"{captioner_dir}/preprocessor_config.json: frames of {media.size}, but the vision tower "
-                               f"takes {(vision.height, vision.width)}")
+            raise ReleaseError(
+                f"{captioner_dir}/preprocessor_config.json: frames of {media.size}, but the vision tower "
+                f"takes {(vision.height, vision.width)}"
+            )
         longest = len(prompt.ids(media.frames * vision.tokens)) + prompt.max_new_tokens
         if longest > decoder.max_position_embeddings:
-            raise ReleaseError(f"{captioner_dir}/sightline.json: a video of {media.frames} frames, the prompt and the "
-                               f"caption take {longest} positions, the language model has "
-                               f"{decoder.max_position_embeddings}; lower video_frames or max_new_tokens")
+            raise ReleaseError(
+                f"{captioner_dir}/sightline.json: a video of {media.frames} frames, the prompt and the "
+                f"caption take {longest} positions, the language model has "
+                f"{decoder.max_position_embeddings}; lower video_frames or max_new_tokens"
+            )
         configs = {path.parent.name: render(path, dims) for path in models.glob("*/config.pbtxt")}
         encoder_batch = configs["vision_encoder"].max_batch_size
         render(models / "caption" / "config.pbtxt", {}, {"vision_encoder_max_batch_size": str(encoder_batch)})
@@ -88,10 +98,12 @@ def build_release(
         identity = release.release_id("cpu", staged)
         render(ensemble, {}, {"release": identity})
         manifest = Manifest(
-            release=identity, created_at=datetime.now(UTC), lane="cpu", stand_ins=STAND_INS, components=components,
+            release=identity, created_at=datetime.now(UTC), lane="cpu",
+            stand_ins=STAND_INS, components=components,
             limits=Limits(
                 batch_size=configs["rank_media"].max_batch_size, media_bytes=media.max_bytes,
-                media_pixels=media.max_pixels, video_frames=media.frames, caption_tokens=prompt.max_new_tokens,
+                media_pixels=media.max_pixels, video_frames=media.frames,
+                caption_tokens=prompt.max_new_tokens,
             ),
             built_with={"sightline": __version__} | {package: version(package) for package in PACKAGES},
             files=release.hash_files(staged),
@@ -102,7 +114,7 @@ def build_release(
 
 
 def _components(captioner_dir: Path, ranker_dir: Path) -> tuple[Components, dict[str, Any]]:
-    """Versions of the parts and `ranker.json`, after a check that the ranker was trained with exactly these."""
+    """Versions of the parts, and `ranker.json`; the ranker must have been trained with exactly these."""
     captioner = _read_json(captioner_dir / "sightline.json").get("version")
     ranker = _read_json(ranker_dir / "ranker.json")
     spec = TokenSpec.load(ranker_dir / "token_spec.json")
@@ -112,8 +124,10 @@ def _components(captioner_dir: Path, ranker_dir: Path) -> tuple[Components, dict
         ("token_length", spec.length, ranker["token_length"]),
     ):
         if got != expected:
-            raise ReleaseError(f"{ranker_dir}/ranker.json: trained with {what} {expected!r}, this build has {got!r}; "
-                               "a release holds only parts that were made for each other")
+            raise ReleaseError(
+                f"{ranker_dir}/ranker.json: trained with {what} {expected!r}, this build has {got!r}; "
+                "a release holds only parts that were made for each other"
+            )
     return Components(captioner=captioner, token_spec=spec.version, ranker=ranker["version"]), ranker
 
 
@@ -138,7 +152,9 @@ def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int
         for tensor in (*session.get_inputs(), *session.get_outputs()):
             exact = tensor.shape[1:]
             if dims.setdefault(tensor.name, exact) != exact:
-                raise ReleaseError(f"{model}.onnx: {tensor.name} is {exact}, embed.onnx gives {dims[tensor.name]}")
+                raise ReleaseError(
+                    f"{model}.onnx: {tensor.name} is {exact}, embed.onnx gives {dims[tensor.name]}"
+                )
     row = pq.read_table(models / "lookup" / "1" / "users.parquet").slice(0, 1).to_pylist()[0]
     for tensor, source, expected in (
         ("CONTEXT", "ranker.json: context", len(ranker["context"])),
@@ -148,7 +164,9 @@ def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int
         ("DENSE", "users.parquet: dense", len(row["dense"])),
     ):
         if list(dims[tensor]) != [expected]:
-            raise ReleaseError(f"{source} is {expected} long, the exported graphs take {tensor} {list(dims[tensor])}")
+            raise ReleaseError(
+                f"{source} is {expected} long, the exported graphs take {tensor} {list(dims[tensor])}"
+            )
     return dims
 
 

@@ -22,10 +22,10 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
 def render(
     path: Path, dims: Mapping[str, Sequence[int]], parameters: Mapping[str, str] | None = None
 ) -> model_config_pb2.ModelConfig:
-    """Rewrite `path` with the sizes of every tensor that `dims` names (without the batch) and with `parameters`.
+    """Rewrite `path` with the sizes of every tensor in `dims` (without the batch) and with `parameters`.
 
     Raises:
-        ReleaseError: a size contradicts one that the source fixes, or a parameter is not declared in the source.
+        ReleaseError: a size contradicts one that the source fixes, or the source lacks a parameter.
     """
     config = read_config(path)
     for tensor in (*config.input, *config.output):
@@ -33,7 +33,9 @@ def render(
             continue
         source, exact = list(tensor.dims), list(dims[tensor.name])
         if len(source) != len(exact) or any(s not in (-1, e) for s, e in zip(source, exact, strict=True)):
-            raise ReleaseError(f"{path.parent.name}: {tensor.name} is {exact} in this build, config.pbtxt allows {source}")
+            raise ReleaseError(
+                f"{path.parent.name}: {tensor.name} is {exact} in this build, config.pbtxt allows {source}"
+            )
         tensor.dims[:] = exact
     for key, value in (parameters or {}).items():
         if key not in config.parameters:

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDims:
-    """Sizes of the exported graph: pixel_values FP32 [N, 3, height, width] → image_features FP32 [N, tokens, width]."""
+    """Sizes of the graph: pixel_values FP32 [N, 3, height, width] → image_features FP32 [N, tokens, hidden]."""
 
     height: int
     width: int
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         self.drop_class_token = model.config.vision_feature_select_strategy == "default"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """The chosen hidden states of the tower, class token dropped where the checkpoint says so, projected."""
+        """The tower's chosen hidden states, projected; without class token where the checkpoint says so."""
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states
         chosen = [states[layer][:, 1:] if self.drop_class_token else states[layer] for layer in self.layers]
         features: Tensor = self.projector(torch.cat(chosen, dim=-1))
@@ -60,13 +60,14 @@ def export_vision(captioner_dir: Path, path: Path) -> VisionDims:
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     # Weights go into the one file unless protobuf's limit of 2 GiB forbids it.
     external = sum(p.numel() * p.element_size() for p in encoder.parameters()) > 1_900_000_000
-    # The exporter warns and logs about its own internals (torchvision absent, …); nothing there is ours to act on.
+    # The exporter warns and logs about its own internals (torchvision absent, …): not ours to act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             encoder, (pixels,), path, input_names=["pixel_values"], output_names=["image_features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False, external_data=external,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,
+            external_data=external,
         )  # fmt: skip
     with torch.inference_mode():
         # A batch of another size than the traced one, so that a frozen batch dimension cannot pass.
@@ -76,6 +77,8 @@ def export_vision(captioner_dir: Path, path: Path) -> VisionDims:
     exported = session.run(["image_features"], {"pixel_values": probe.numpy()})[0]
     error = float(np.abs(exported - eager).max())
     if not error <= TOLERANCE:
-        raise ReleaseError(f"{path.name}: exported image features differ from the eager model by {error:.2e}, "
-                           f"expected at most {TOLERANCE:.0e}; this is a bug in the export")
+        raise ReleaseError(
+            f"{path.name}: exported image features differ from the eager model by {error:.2e}, "
+            f"expected at most {TOLERANCE:.0e}; this is a bug in the export"
+        )
     return VisionDims(height=side, width=side, tokens=eager.shape[1], hidden=eager.shape[2])

@@ -11,7 +11,7 @@ from sightline.errors import ServingError
 
 
 def canary(url: str, *, timeout: float = 60.0) -> float:
-    """Rank a grey square for an unknown user through `rank_media` on `url` (gRPC); returns the score in [0, 1].
+    """Rank a grey square for an unknown user through `rank_media` on `url` (gRPC); returns its score.
 
     Raises:
         ServingError: no answer within `timeout` seconds, an error, or a score that is no probability.
@@ -32,7 +32,9 @@ def canary(url: str, *, timeout: float = 60.0) -> float:
             }
             tensors = []
             for name, value in inputs.items():
-                tensor = triton.InferInput(name, list(value.shape), "BYTES" if value.dtype == object else "INT64")
+                tensor = triton.InferInput(
+                    name, list(value.shape), "BYTES" if value.dtype == object else "INT64"
+                )
                 tensor.set_data_from_numpy(value)
                 tensors.append(tensor)
             answer = client.infer("rank_media", tensors, client_timeout=timeout)

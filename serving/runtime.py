@@ -31,8 +31,10 @@ class Runtime:
         """Locate the wheel's parts for the running Python. Raises ServingError naming what is missing."""
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
-            raise ServingError("tritonserver: not found; expected the package nvidia-pytriton in this environment, "
-                               "run `make setup`")
+            raise ServingError(
+                "tritonserver: not found; expected the package nvidia-pytriton in this environment, "
+                "run `make setup`"
+            )
         package = Path(spec.origin).parent
         server = package / "tritonserver"
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -44,8 +46,10 @@ class Runtime:
         )
         for path in (found.binary, found.python_backend, found.stub, found.libraries):
             if not path.exists():
-                raise ServingError(f"{path}: missing; expected nvidia-pytriton with a stub for Python {python}, "
-                                   "run `make setup`")
+                raise ServingError(
+                    f"{path}: missing; expected nvidia-pytriton with a stub for Python {python}, "
+                    "run `make setup`"
+                )
         return found
 
     def make_backends(self, folder: Path) -> None:
@@ -59,7 +63,7 @@ class Runtime:
         shutil.copytree(STAND_INS, folder, ignore=skip, dirs_exist_ok=True)
 
     def environment(self) -> dict[str, str]:
-        """This process's environment, so changed that the python stubs find this interpreter and its packages."""
+        """This process's environment, changed so that stubs find this interpreter and its packages."""
         libraries = [str(self.libraries), str(sysconfig.get_config_var("LIBDIR"))]
         return os.environ | {
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_entries("LD_LIBRARY_PATH")]),
@@ -78,8 +82,10 @@ def choose_port(name: str, host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServingError(f"{name} {port}: cannot listen on {host}:{port} ({error.strerror}); "
-                               "stop what uses it or choose another port") from error
+            raise ServingError(
+                f"{name} {port}: cannot listen on {host}:{port} ({error.strerror}); "
+                "stop what uses it or choose another port"
+            ) from error
         return int(probe.getsockname()[1])
 
 

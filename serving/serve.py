@@ -16,7 +16,7 @@ from serving.triton import TritonServer
 def serve_until_stopped(
     release_dir: Path, *, host: str, grpc_port: int, http_port: int, metrics_port: int
 ) -> None:
-    """Serve in the foreground. Returns after Ctrl-C; SIGTERM ends the process with code 0 after the same clean end.
+    """Serve in the foreground until Ctrl-C or SIGTERM; the latter ends the process, with code 0.
 
     Raises:
         ReleaseError, ServingError: see TritonServer; ServingError too when the server ends by itself.

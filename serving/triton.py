@@ -16,13 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from sightline.errors import ServingError
-from sightline.release import verify
 from serving.probe import canary
 from serving.runtime import Runtime, choose_port
+from sightline.errors import ServingError
+from sightline.release import verify
 
-# Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends the
-# server ($1, also its process group) and removes what a killed one leaves: its stubs and shared memory ($2…).
+# Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends
+# the server ($1, also its process group) and removes what a killed one leaves: stubs, shared memory ($2…).
 GUARD = """
 read -r _
 kill -s TERM "$1"; tries=0
@@ -39,7 +39,7 @@ READY = "Started Metrics Service"
 
 
 class TritonServer:
-    """Context manager: verifies the release, starts Triton, waits for a canary inference, stops it without a trace.
+    """Context manager: verifies the release, starts Triton, awaits a canary inference, stops it cleanly.
 
         with TritonServer(release_dir) as server:
             client = tritonclient.grpc.InferenceServerClient(server.url)
@@ -114,7 +114,7 @@ class TritonServer:
         raise ServingError(f"tritonserver ended with code {code}; its log is {self.log_path}")
 
     def statistics(self) -> dict[str, Any]:
-        """Per model: inferences, executions (batches) and mean milliseconds per request (queue, compute, total)."""
+        """Per model: inferences, executions (batches), mean milliseconds per request (queue, compute, total)."""
         import tritonclient.grpc as triton
 
         with triton.InferenceServerClient(self.url) as client:
@@ -190,8 +190,10 @@ class TritonServer:
             try:
                 kind, detail = self._events.get(timeout=max(left, 0))
             except queue.Empty:
-                raise ServingError(f"the models did not load within {self._timeout:.0f} s; "
-                                   f"the server's log is {self.log_path}") from None
+                raise ServingError(
+                    f"the models did not load within {self._timeout:.0f} s; "
+                    f"the server's log is {self.log_path}"
+                ) from None
             if kind == "loaded":
                 self._progress(f"{detail:<16} loaded after {time.monotonic() - self._started:5.1f} s")
             elif kind == "failed":

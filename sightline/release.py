@@ -1,9 +1,9 @@
 """Releases: what is served together, with a hash of every file; published and rolled back by one atomic swap.
 
-    <releases>/<release id>/manifest.json
-    <releases>/<release id>/model_repository/…
-    <releases>/current                     → the release that `sightline serve` starts
-    <releases>/history.jsonl               one line per publish and rollback
+<releases>/<release id>/manifest.json
+<releases>/<release id>/model_repository/…
+<releases>/current                     → the release that `sightline serve` starts
+<releases>/history.jsonl               one line per publish and rollback
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-# The file that carries the release's own id, for clients to ask for; and what stands there before the id is known.
+# The file that carries the release's own id, for clients to ask for; and what stands there before.
 ID_BEARER = "model_repository/rank_media/config.pbtxt"
 UNPUBLISHED = "unpublished"
 
@@ -93,7 +93,9 @@ def hash_files(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ReleaseError(f"{path}: a release holds plain files only; replace the link by what it points to")
+            raise ReleaseError(
+                f"{path}: a release holds plain files only; replace the link by what it points to"
+            )
         if path.is_file() and name != MANIFEST:
             with path.open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,7 +119,9 @@ def read_manifest(release_dir: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise ReleaseError(f"{path}: missing; expected a release folder, as `sightline build` makes it") from error
+        raise ReleaseError(
+            f"{path}: missing; expected a release folder, as `sightline build` makes it"
+        ) from error
     except (OSError, ValidationError) as error:
         raise ReleaseError(f"{path}: not a release manifest: {error}") from error
 
@@ -126,30 +130,38 @@ def verify(release_dir: Path) -> Manifest:
     """Compare every file with the manifest.
 
     Raises:
-        ReleaseError: a file is missing, extra or changed (the message names it), or the files together are not
-            the release that the manifest claims.
+        ReleaseError: a file is missing, extra or changed (the message names it), or the files together are
+            not the release that the manifest claims.
     """
     manifest = read_manifest(release_dir)
     found = hash_files(release_dir)
     problems = [
         *(f"{name}: missing" for name in manifest.files.keys() - found.keys()),
         *(f"{name}: not part of the release" for name in found.keys() - manifest.files.keys()),
-        *(f"{name}: changed (SHA-256 {found[name][:12]}…, expected {digest[:12]}…)"
-          for name, digest in manifest.files.items() if found.get(name, digest) != digest),
+        *(
+            f"{name}: changed (SHA-256 {found[name][:12]}…, expected {digest[:12]}…)"
+            for name, digest in manifest.files.items()
+            if found.get(name, digest) != digest
+        ),
     ]
     if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ReleaseError(f"release {manifest.release} in {release_dir} is damaged: {shown}. "
-                           "Build it again or roll back")
+        shown = "; ".join(sorted(problems)[:5]) + (
+            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        )
+        raise ReleaseError(
+            f"release {manifest.release} in {release_dir} is damaged: {shown}. Build it again or roll back"
+        )
     if (actual := release_id(manifest.lane, release_dir, manifest.release)) != manifest.release:
-        raise ReleaseError(f"{release_dir / MANIFEST}: the files are release {actual}, the manifest says "
-                           f"{manifest.release}; it was put together from different releases")
+        raise ReleaseError(
+            f"{release_dir / MANIFEST}: the files are release {actual}, the manifest says "
+            f"{manifest.release}; it was put together from different releases"
+        )
     return manifest
 
 
 @contextmanager
 def staging(releases_dir: Path) -> Iterator[Path]:
-    """A folder beside the releases to build one in. Gone afterwards unless published; leftovers of killed builds too.
+    """A folder beside the releases to build one in; gone afterwards, like leftovers of killed builds.
 
     The holder keeps a lock on the folder: one without a holder is a leftover.
     """
@@ -192,7 +204,9 @@ def rollback(releases_dir: Path) -> str:
     with _locked(releases_dir):
         stack = _published(releases_dir)
         if len(stack) < 2:
-            raise ReleaseError(f"{releases_dir}: no release to go back to; published so far: {stack or 'none'}")
+            raise ReleaseError(
+                f"{releases_dir}: no release to go back to; published so far: {stack or 'none'}"
+            )
         verify(releases_dir / stack[-2])
         _switch(releases_dir, "rollback", stack[-2])
         return stack[-2]
@@ -238,7 +252,7 @@ def _switch(releases_dir: Path, action: str, release: str) -> None:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Exclusive lock on a folder, freed when its holder dies. Yields False where it is taken and `wait` is not set."""
+    """Exclusive lock on a folder, freed when its holder dies. Without `wait`, yields whether it was free."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

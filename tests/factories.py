@@ -54,15 +54,21 @@ def tiny_captioner(folder: Path, seed: int = 0, *, version: str = "test-captione
 
 
 def tiny_ranker(
-    folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner", token_spec_version: str = "test-spec"
+    folder: Path,
+    seed: int = 0,
+    *,
+    captioner_version: str = "test-captioner",
+    token_spec_version: str = "test-spec",
 ) -> Path:
-    """A ranker folder without weights: two users and two items are known, two context columns, random profiles."""
+    """A ranker folder without weights: two known users, two known items, two context columns."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "version": "test-ranker", "token_spec_version": token_spec_version, "captioner_version": captioner_version,
+        "version": "test-ranker", "token_spec_version": token_spec_version,
+        "captioner_version": captioner_version,
         "context": [{"name": "position", "cardinality": 4}, {"name": "hour", "cardinality": 24}],
-        "token_length": TOKENS, "profile_length": PROFILE, "dense": ["age", "activity"], "features": 5, "dim": DIM,
+        "token_length": TOKENS, "profile_length": PROFILE, "dense": ["age", "activity"],
+        "features": 5, "dim": DIM,
     }  # fmt: skip
     (folder / "ranker.json").write_text(json.dumps(record))
     (folder / "token_spec.json").write_text(json.dumps({"version": token_spec_version, "length": TOKENS}))
@@ -86,9 +92,17 @@ def export_tiny_ranker(ranker_dir: Path, out_dir: Path) -> dict[str, int]:
     random = np.random.default_rng(1)
 
     def weight(*shape: int) -> onnx.TensorProto:
-        return numpy_helper.from_array(random.normal(size=shape).astype(np.float32), f"w{random.integers(1 << 30)}")
+        return numpy_helper.from_array(
+            random.normal(size=shape).astype(np.float32), f"w{random.integers(1 << 30)}"
+        )
 
-    inputs = {"USER_INDEX": 1, "ITEM_INDEX": 1, "CONTEXT": 2, "ITEM_TOKENS": TOKENS, "PROFILE_TOKENS": PROFILE}
+    inputs = {
+        "USER_INDEX": 1,
+        "ITEM_INDEX": 1,
+        "CONTEXT": 2,
+        "ITEM_TOKENS": TOKENS,
+        "PROFILE_TOKENS": PROFILE,
+    }
     weights, nodes = [], []
     for name in inputs:
         table = weight(ROWS, DIM)
@@ -102,17 +116,27 @@ def export_tiny_ranker(ranker_dir: Path, out_dir: Path) -> dict[str, int]:
         nodes.append(helper.make_node("ReduceSum", [rows, "one"], [f"{name}.sum"], keepdims=1))
     nodes.append(helper.make_node("Concat", [f"{name}.sum" for name in inputs], ["FEATURES"], axis=1))
     axes = [numpy_helper.from_array(np.array([axis]), name) for name, axis in (("one", 1), ("last", 2))]
-    _save(out_dir / "embed.onnx", nodes, weights + axes,
-          [_tensor(name, TensorProto.INT64, size) for name, size in inputs.items()]
-          + [_tensor("PROFILE_WEIGHTS", TensorProto.FLOAT, PROFILE)], _tensor("FEATURES", TensorProto.FLOAT, 5, DIM))
+    _save(
+        out_dir / "embed.onnx",
+        nodes,
+        weights + axes,
+        [_tensor(name, TensorProto.INT64, size) for name, size in inputs.items()]
+        + [_tensor("PROFILE_WEIGHTS", TensorProto.FLOAT, PROFILE)],
+        _tensor("FEATURES", TensorProto.FLOAT, 5, DIM),
+    )
     dense = weight(5 * DIM + 2, 1)
-    _save(out_dir / "score.onnx", [
-        helper.make_node("Flatten", ["FEATURES"], ["flat"], axis=1),
-        helper.make_node("Concat", ["flat", "DENSE"], ["all"], axis=1),
-        helper.make_node("MatMul", ["all", dense.name], ["logit"]),
-        helper.make_node("Sigmoid", ["logit"], ["SCORE"]),
-    ], [dense], [_tensor("FEATURES", TensorProto.FLOAT, 5, DIM), _tensor("DENSE", TensorProto.FLOAT, 2)],
-          _tensor("SCORE", TensorProto.FLOAT, 1))
+    _save(
+        out_dir / "score.onnx",
+        [
+            helper.make_node("Flatten", ["FEATURES"], ["flat"], axis=1),
+            helper.make_node("Concat", ["flat", "DENSE"], ["all"], axis=1),
+            helper.make_node("MatMul", ["all", dense.name], ["logit"]),
+            helper.make_node("Sigmoid", ["logit"], ["SCORE"]),
+        ],
+        [dense],
+        [_tensor("FEATURES", TensorProto.FLOAT, 5, DIM), _tensor("DENSE", TensorProto.FLOAT, 2)],
+        _tensor("SCORE", TensorProto.FLOAT, 1),
+    )
     return {"features": 5, "dim": DIM}
 
 

@@ -1,8 +1,8 @@
 """CPU stand-in for Triton's C++ onnxruntime backend, used where `libtriton_onnxruntime.so` is not installed.
 
-It holds a model to the rules of the real backend, so that a release which loads here loads there: input count and
-names exact, a dynamic first dimension wherever the model batches, types and sizes equal, no optional inputs in a
-batching model. The requests of one dynamic batch are concatenated, run once, and split again.
+It holds a model to the rules of the real backend, so that a release which loads here loads there: input
+count and names exact, a dynamic first dimension wherever the model batches, types and sizes equal, no
+optional inputs in a batching model. The requests of one dynamic batch are concatenated, run once, and split again.
 """
 
 from __future__ import annotations
@@ -38,18 +38,24 @@ def check(config: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> None
     name, batching = config["name"], config["max_batch_size"] > 0
     optional = [tensor["name"] for tensor in config["input"] if tensor.get("optional")]
     if batching and optional:
-        raise ValueError(f"model '{name}': optional inputs {optional} need max_batch_size 0, "
-                         f"got {config['max_batch_size']}")
+        raise ValueError(
+            f"model '{name}': optional inputs {optional} need max_batch_size 0, "
+            f"got {config['max_batch_size']}"
+        )
     if len(config["input"]) != len(inputs):
-        raise ValueError(f"model '{name}': configuration expects {len(config['input'])} inputs, "
-                         f"the graph provides {len(inputs)}")
+        raise ValueError(
+            f"model '{name}': configuration expects {len(config['input'])} inputs, "
+            f"the graph provides {len(inputs)}"
+        )
     for kind, tensors, nodes in (("input", config["input"], inputs), ("output", config["output"], outputs)):
         graph = {node.name: node for node in nodes}
         for tensor in tensors:
             node = graph.get(tensor["name"])
             if node is None:
-                raise ValueError(f"model '{name}': unexpected {kind} '{tensor['name']}', "
-                                 f"allowed {kind}s are: {', '.join(sorted(graph))}")
+                raise ValueError(
+                    f"model '{name}': unexpected {kind} '{tensor['name']}', "
+                    f"allowed {kind}s are: {', '.join(sorted(graph))}"
+                )
             _check_tensor(f"model '{name}', {kind} '{tensor['name']}'", tensor, node, batching)
 
 
@@ -58,8 +64,10 @@ def _check_tensor(what: str, tensor: dict[str, Any], node: Any, batching: bool) 
         raise ValueError(f"{what}: the graph has {node.type}, the configuration {tensor['data_type']}")
     shape = [dim if isinstance(dim, int) else -1 for dim in node.shape]
     if batching and (not shape or shape[0] != -1):
-        raise ValueError(f"{what}: batching needs a graph whose first dimension is -1, got {shape}; "
-                         "export it with a dynamic batch or set max_batch_size to 0")
+        raise ValueError(
+            f"{what}: batching needs a graph whose first dimension is -1, got {shape}; "
+            "export it with a dynamic batch or set max_batch_size to 0"
+        )
     expected = ([-1] if batching else []) + [int(dim) for dim in tensor["dims"]]
     if len(shape) != len(expected) or any(g not in (-1, c) for g, c in zip(shape, expected, strict=True)):
         raise ValueError(f"{what}: the graph has the shape {shape}, the configuration {expected}")
@@ -86,8 +94,10 @@ class TritonPythonModel:
             check(self.config, self.session.get_inputs(), self.session.get_outputs())
         except Exception as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        pb_utils.Logger.log_info(f"{self.config['name']}: served by the python stand-in for the onnxruntime backend "
-                                 f"(onnxruntime {onnxruntime.__version__}, CPU)")
+        pb_utils.Logger.log_info(
+            f"{self.config['name']}: served by the python stand-in for the onnxruntime backend "
+            f"(onnxruntime {onnxruntime.__version__}, CPU)"
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests of one batch; each tensor of a request is [rows, …] when the model batches."""
@@ -95,8 +105,10 @@ class TritonPythonModel:
             if not self.batching:
                 return [self._respond(request, self._run(self._feed([request]))) for request in requests]
             outputs = self._run(self._feed(requests))
-            rows = [pb_utils.get_input_tensor_by_name(r, self.config["input"][0]["name"]).shape()[0]
-                    for r in requests]
+            rows = [
+                pb_utils.get_input_tensor_by_name(r, self.config["input"][0]["name"]).shape()[0]
+                for r in requests
+            ]
             ends = np.cumsum(rows)
             return [
                 self._respond(request, {name: value[end - count : end] for name, value in outputs.items()})
@@ -111,9 +123,11 @@ class TritonPythonModel:
         names = [tensor["name"] for tensor in self.config["input"]]
         parts = {name: [pb_utils.get_input_tensor_by_name(r, name) for r in requests] for name in names}
         return {
-            name: np.concatenate([tensor.as_numpy() for tensor in tensors]) if len(tensors) > 1
+            name: np.concatenate([tensor.as_numpy() for tensor in tensors])
+            if len(tensors) > 1
             else tensors[0].as_numpy()
-            for name, tensors in parts.items() if tensors[0] is not None
+            for name, tensors in parts.items()
+            if tensors[0] is not None
         }
 
     def _run(self, feed: dict[str, Any]) -> dict[str, Any]:

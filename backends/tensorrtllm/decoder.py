@@ -1,7 +1,7 @@
 """A LLaMA decoder on the CPU: greedy, batched, with a KV cache. It needs torch and nothing on top of it.
 
-Importing transformers' LlamaForCausalLM costs three times the start-up of torch and a multiple of the time per
-token for small models; the layers of LLaMA-2 fit on this page. A test holds it to LlamaForCausalLM.
+Importing transformers' LlamaForCausalLM costs three times the start-up of torch, and its layers a multiple of
+the time per token for small models; LLaMA-2 fits on this page. A test holds it to LlamaForCausalLM.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ class Decoder:
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        w = {name.removeprefix(prefix).removesuffix(".weight"): value
-             for name, value in weights.items() if name.startswith(prefix)}
+        w = {
+            name.removeprefix(prefix).removesuffix(".weight"): value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
         return {
             "input_norm": w["input_layernorm"],
             "post_norm": w["post_attention_layernorm"],
@@ -85,9 +88,12 @@ class Decoder:
         longest = max(len(x) for x in inputs)
         room = longest + max(prompt.max_new for prompt in prompts)
         pads = torch.tensor([longest - len(x) for x in inputs])
-        x = torch.stack([torch.nn.functional.pad(x, (0, 0, longest - len(x), 0)) for x in inputs])  # [B, S, hidden]
+        x = torch.stack(
+            [torch.nn.functional.pad(x, (0, 0, longest - len(x), 0)) for x in inputs]
+        )  # [B, S, hidden]
         caches = [
-            torch.empty(2, len(prompts), self.kv_heads, room, self.head_dim, dtype=x.dtype) for _ in self.layers
+            torch.empty(2, len(prompts), self.kv_heads, room, self.head_dim, dtype=x.dtype)
+            for _ in self.layers
         ]
         results: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # rows[b]: the prompt that row b of the cache belongs to
@@ -115,16 +121,20 @@ class Decoder:
         return results
 
     def check(self, prompt: Prompt) -> None:
-        """Raises ValueError where an id has no embedding or the sequence would outgrow the model's positions."""
+        """Raises ValueError where an id has no embedding or the sequence would outgrow the positions."""
         rows, width = (0, self.hidden) if prompt.table is None else prompt.table.shape
         if width != self.hidden:
             raise ValueError(f"prompt_embedding_table: expected rows of width {self.hidden}, got {width}")
         if len(prompt.ids) == 0 or prompt.ids.min() < 0 or prompt.ids.max() >= self.vocab_size + rows:
-            raise ValueError(f"input_ids: expected ids in [0, {self.vocab_size + rows}) (vocabulary {self.vocab_size}, "
-                             f"prompt_embedding_table {rows} rows), got {prompt.ids.tolist()}")
+            raise ValueError(
+                f"input_ids: expected ids in [0, {self.vocab_size + rows}) (vocabulary {self.vocab_size}, "
+                f"prompt_embedding_table {rows} rows), got {prompt.ids.tolist()}"
+            )
         if len(prompt.ids) + prompt.max_new > self.max_positions:
-            raise ValueError(f"request_output_len: {len(prompt.ids)} input ids and {prompt.max_new} new ones outgrow "
-                             f"the model's {self.max_positions} positions")
+            raise ValueError(
+                f"request_output_len: {len(prompt.ids)} input ids and {prompt.max_new} new ones outgrow "
+                f"the model's {self.max_positions} positions"
+            )
 
     def _embed(self, prompt: Prompt) -> Tensor:
         """Prompt → [L, hidden], from the embedding matrix and the prompt table."""
@@ -136,7 +146,7 @@ class Decoder:
         return x
 
     def _forward(self, x: Tensor, caches: list[Tensor], start: int, pads: Tensor) -> Tensor:
-        """x [B, S, hidden] at positions start… of the left-padded batch → logits of the last position [B, V]."""
+        """x [B, S, hidden] from position `start` of the left-padded batch on → last logits [B, V]."""
         batch, length, _ = x.shape
         end = start + length
         query = torch.arange(start, end)
@@ -146,7 +156,7 @@ class Decoder:
             key = torch.arange(end)
             visible = key <= query[:, None]  # [S, T]
             real = key >= pads[:, None]  # [B, T]
-            # A padding position sees itself: a row of nothing would be NaN, and NaN spreads through the values.
+            # A padding position sees itself: a row of nothing would be NaN, and NaN spreads by the values.
             mask = ((visible & real[:, None]) | (key == query[:, None]))[:, None]  # [B, 1, S, T]
         for layer, cache in zip(self.layers, caches, strict=True):
             h = linear(rms_norm(x, (self.hidden,), layer["input_norm"], self.eps), layer["qkv"])
@@ -155,7 +165,10 @@ class Decoder:
             cache[0, :, :, start:end] = _rotate(k, cos, sin)
             cache[1, :, :, start:end] = v
             attended = scaled_dot_product_attention(
-                _rotate(q, cos, sin), cache[0, :, :, :end], cache[1, :, :, :end], attn_mask=mask,
+                _rotate(q, cos, sin),
+                cache[0, :, :, :end],
+                cache[1, :, :, :end],
+                attn_mask=mask,
                 enable_gqa=self.kv_heads != self.heads,
             )
             x = x + linear(attended.transpose(1, 2).reshape(batch, length, -1), layer["out"])

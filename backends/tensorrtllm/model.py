@@ -1,9 +1,9 @@
 """CPU stand-in for the C++ tensorrtllm backend, used where `libtriton_tensorrtllm.so` is not installed.
 
-It speaks the real backend's tensor contract: ids ≥ vocabulary size are rows of `prompt_embedding_table`; output_ids
-is [batch, beams = 1, tokens], with the input in front unless `exclude_input_in_output` is true; sequence_length
-counts output_ids without the end id. All requests of one dynamic batch are decoded together. What it cannot do
-(beams, sampling, streaming) it refuses, and says so.
+It speaks the real backend's tensor contract: ids ≥ vocabulary size are rows of `prompt_embedding_table`;
+output_ids is [batch, beams = 1, tokens], with the input in front unless `exclude_input_in_output` is true;
+sequence_length counts output_ids without the end id. All requests of one dynamic batch are decoded together.
+What it cannot do (beams, sampling, streaming) it refuses, and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decoder import Decoder, Prompt  # noqa: E402 (it lies beside this file, which Triton loads by path)
+from decoder import Decoder, Prompt
 
 
 class TritonPythonModel:
@@ -34,12 +34,15 @@ class TritonPythonModel:
                 raise ValueError("decoupled (streaming) mode needs the C++ tensorrtllm backend")
             self.decoder = Decoder(Path(args["model_repository"], parameters["gpt_model_path"]))
         except KeyError as error:
-            raise pb_utils.TritonModelException(f"{config['name']}: expected {error} in config.pbtxt or the "
-                                                "decoder folder") from error
+            raise pb_utils.TritonModelException(
+                f"{config['name']}: expected {error} in config.pbtxt or the decoder folder"
+            ) from error
         except Exception as error:
             raise pb_utils.TritonModelException(f"{config['name']}: {error}") from error
-        pb_utils.Logger.log_info(f"{config['name']}: served by the python stand-in for the tensorrtllm backend "
-                                 f"(torch {torch.__version__}, CPU, {torch.get_num_threads()} threads)")
+        pb_utils.Logger.log_info(
+            f"{config['name']}: served by the python stand-in for the tensorrtllm backend "
+            f"(torch {torch.__version__}, CPU, {torch.get_num_threads()} threads)"
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Decode the requests together; one that breaks the contract fails alone."""
@@ -52,8 +55,11 @@ class TritonPythonModel:
         prompts = [prompt for entry in parsed if isinstance(entry, list) for prompt in entry]
         generated = iter(self.decoder.generate(prompts) if prompts else [])
         return [
-            self._respond(entry, [next(generated) for _ in entry]) if isinstance(entry, list)
-            else pb_utils.InferenceResponse(error=pb_utils.TritonError(str(entry), pb_utils.TritonError.INVALID_ARG))
+            self._respond(entry, [next(generated) for _ in entry])
+            if isinstance(entry, list)
+            else pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(entry), pb_utils.TritonError.INVALID_ARG)
+            )
             for entry in parsed
         ]
 
@@ -75,22 +81,37 @@ class TritonPythonModel:
         if max(scalars("beam_width", 1)) > 1:
             raise ValueError("beam_width: the CPU stand-in decodes greedily, expected 1")
         if max(top_k) > 1 or any(k < 1 and p > 0 for k, p in zip(top_k, top_p, strict=True)):
-            raise ValueError("runtime_top_k, runtime_top_p: the CPU stand-in decodes greedily, expected "
-                             "runtime_top_k 1 or neither")
+            raise ValueError(
+                "runtime_top_k, runtime_top_p: the CPU stand-in decodes greedily, expected "
+                "runtime_top_k 1 or neither"
+            )
         if any(penalty != 1 for penalty in scalars("repetition_penalty", 1.0)):
             raise ValueError("repetition_penalty: the CPU stand-in supports 1.0 only")
         if any(scalars("streaming", False)) or any(scalars("stop", False)):
             raise ValueError("streaming, stop: need the C++ tensorrtllm backend in decoupled mode")
         table = tensor("prompt_embedding_table")  # [B, R, hidden]
-        if table is not None and any(size != table.shape[1] for size in scalars("prompt_vocab_size", -1)):
+        if table is not None and any(
+            size != table.shape[1] for size in scalars("prompt_vocab_size", table.shape[1])
+        ):
             raise ValueError(f"prompt_vocab_size: expected the table's number of rows, {table.shape[1]}")
-        lengths, news, ends = scalars("input_lengths", 0), scalars("request_output_len", 0), scalars("end_id", -1)
+        lengths, news, ends = (
+            scalars("input_lengths", 0),
+            scalars("request_output_len", 0),
+            scalars("end_id", -1),
+        )
         if min(lengths) < 1 or max(lengths) > ids.shape[1]:
-            raise ValueError(f"input_lengths: expected 1 … {ids.shape[1]}, the length of input_ids, got {lengths}")
+            raise ValueError(
+                f"input_lengths: expected 1 … {ids.shape[1]}, the length of input_ids, got {lengths}"
+            )
         if min(news) < 1:
             raise ValueError(f"request_output_len: expected at least 1, got {news}")
         prompts = [
-            Prompt(ids=ids[i, : lengths[i]], table=None if table is None else table[i], max_new=news[i], end_id=ends[i])
+            Prompt(
+                ids=ids[i, : lengths[i]],
+                table=None if table is None else table[i],
+                max_new=news[i],
+                end_id=ends[i],
+            )
             for i in range(rows)
         ]
         for prompt in prompts:
@@ -99,7 +120,8 @@ class TritonPythonModel:
 
     def _respond(self, prompts: list[Prompt], generated: list[list[int]]) -> Any:
         rows = [
-            [*prompt.ids.tolist(), *ids] if self.echo else ids for prompt, ids in zip(prompts, generated, strict=True)
+            [*prompt.ids.tolist(), *ids] if self.echo else ids
+            for prompt, ids in zip(prompts, generated, strict=True)
         ]
         longest = max(1, *(len(row) for row in rows))  # an empty tensor would not travel
         output = np.zeros((len(rows), 1, longest), dtype=np.int32)
@@ -107,6 +129,9 @@ class TritonPythonModel:
             output[i, 0, : len(row)] = row
             output[i, 0, len(row) :] = prompts[i].end_id
         lengths = np.array([[len(row)] for row in rows], dtype=np.int32)
-        return pb_utils.InferenceResponse([
-            pb_utils.Tensor("output_ids", output), pb_utils.Tensor("sequence_length", lengths),
-        ])
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("output_ids", output),
+                pb_utils.Tensor("sequence_length", lengths),
+            ]
+        )

@@ -1,7 +1,7 @@
 """Media bytes → caption: decode, encode, prompt, generate, detokenise, for all rows of a batch at once.
 
-Equal bytes within a batch are captioned once. A row that cannot be used is `rejected` with a reason while the other
-rows are answered; a request with no usable row fails with INVALID_ARG and the reasons.
+Equal bytes within a batch are captioned once. A row that cannot be used is `rejected` with a reason while the
+other rows are answered; a request with no usable row fails with INVALID_ARG and the reasons.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class DownstreamError(Exception):
-    """vision_encoder or tensorrt_llm failed: not the caller's fault, and not a property of one row's media."""
+    """vision_encoder or tensorrt_llm failed: neither the caller's fault nor that of one row's media."""
 
 
 class TritonPythonModel:
@@ -52,11 +52,16 @@ class TritonPythonModel:
 
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Caption the rows of all requests together; MEDIA is BYTES [rows, 1] in each."""
-        rows = [[bytes(row) for row in pb_utils.get_input_tensor_by_name(request, "MEDIA").as_numpy().reshape(-1)]
-                for request in requests]
+        rows = [
+            [bytes(row) for row in pb_utils.get_input_tensor_by_name(request, "MEDIA").as_numpy().reshape(-1)]
+            for request in requests
+        ]
         hashes = [[content_hash(row) for row in request] for request in rows]
-        unique = {digest: row for batch, digests in zip(rows, hashes, strict=True)
-                  for digest, row in zip(digests, batch, strict=True)}
+        unique = {
+            digest: row
+            for batch, digests in zip(rows, hashes, strict=True)
+            for digest, row in zip(digests, batch, strict=True)
+        }
         try:
             answers = dict(zip(unique, await self._caption(list(unique.values())), strict=True))
         except DownstreamError as error:
@@ -68,7 +73,8 @@ class TritonPythonModel:
         """One answer per item, in order."""
         loop = asyncio.get_running_loop()
         loaded = await asyncio.gather(
-            *(loop.run_in_executor(self.threads, load, item, self.spec) for item in media), return_exceptions=True
+            *(loop.run_in_executor(self.threads, load, item, self.spec) for item in media),
+            return_exceptions=True,
         )
         for item in loaded:
             if isinstance(item, BaseException) and not isinstance(item, MediaError):
@@ -79,7 +85,10 @@ class TritonPythonModel:
         features = await self._encode(np.concatenate(frames))  # [frames, P, D]
         parts = np.split(features, np.cumsum([len(item) for item in frames])[:-1])
         captions = iter(await asyncio.gather(*(self._generate(part) for part in parts)))
-        return [Answer(next(captions)) if isinstance(item, np.ndarray) else self._rejected(item) for item in loaded]
+        return [
+            Answer(next(captions)) if isinstance(item, np.ndarray) else self._rejected(item)
+            for item in loaded
+        ]
 
     @staticmethod
     def _rejected(error: Any) -> Answer:
@@ -94,7 +103,7 @@ class TritonPythonModel:
         return np.concatenate([output["image_features"] for output in outputs])
 
     async def _generate(self, features: NDArray[Any]) -> str:
-        """Image features [frames, P, D] of one item → caption. The image tokens are rows of the prompt table."""
+        """Image features [frames, P, D] of one item → caption. They are the rows of its prompt table."""
         table = features.reshape(1, -1, features.shape[-1])
         ids = self.prompt.ids(table.shape[1])
         scalars = {
@@ -118,17 +127,22 @@ class TritonPythonModel:
         errors = [answer.error for answer in answers]
         if answers and all(errors):
             reasons = "; ".join(dict.fromkeys(errors))
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(
-                f"MEDIA: no row can be used: {reasons}", pb_utils.TritonError.INVALID_ARG))
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(
+                    f"MEDIA: no row can be used: {reasons}", pb_utils.TritonError.INVALID_ARG
+                )
+            )
         columns = {
             "CAPTION": [answer.caption for answer in answers],
             "CAPTION_SOURCE": ["rejected" if error else "model" for error in errors],
             "CAPTION_ERROR": errors,
         }
-        return pb_utils.InferenceResponse([
-            pb_utils.Tensor(name, np.array([[value.encode()] for value in values], dtype=object))
-            for name, values in columns.items()
-        ])
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor(name, np.array([[value.encode()] for value in values], dtype=object))
+                for name, values in columns.items()
+            ]
+        )
 
 
 async def _call(model: str, inputs: dict[str, NDArray[Any]], outputs: list[str]) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,9 @@ class Table:
         key, *rest = table.column_names
         self.keys: NDArray[np.int64] = table.column(key).to_numpy()
         if len(self.keys) == 0 or self.keys[0] != 0 or (np.diff(self.keys) <= 0).any():
-            raise ValueError(f"{path}: expected {key} in ascending order, starting with 0 (the row of unknown ids)")
+            raise ValueError(
+                f"{path}: expected {key} in ascending order, starting with 0 (the row of unknown ids)"
+            )
         self.columns = {name: self._values(table.column(name)) for name in rest}
 
     @staticmethod

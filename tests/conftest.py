@@ -1,0 +1,39 @@
+"""One small release and one real server for the whole run: building and starting them costs seconds each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.triton import TritonServer
+from sightline import release
+from tests.factories import tiny_captioner, tiny_ranker
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `captioner/` and `ranker/`, made for each other, random weights."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_captioner(folder / "captioner")
+    tiny_ranker(folder / "ranker")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def releases_dir(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A releases folder with one published release of the parts. Copy before you change anything in it."""
+    from build.assemble import build_release
+
+    folder = tmp_path_factory.mktemp("releases")
+    build_release(parts / "captioner", parts / "ranker", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(releases_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Triton with that release."""
+    log = tmp_path_factory.mktemp("server") / "triton.log"
+    with TritonServer(release.current(releases_dir), log_path=log) as running:
+        yield running
