@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 __all__ = ["movie_caption", "movie_slots", "release_year"]
 
-_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)\s*$")  # noqa: RUF001 (titles use both dashes)
+_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)\s*$")
 _CAPTION = re.compile(r"^an? (?:(?P<genres>\S.*?) )?film(?: from the (?P<decade>\d{4}s))?$")
 
 
