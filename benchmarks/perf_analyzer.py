@@ -34,9 +34,11 @@ def version() -> str:
     if not TOOL.exists():
         raise ServingError(f"{TOOL}: perf_analyzer is not there; run `make setup`")
     result = subprocess.run([str(TOOL), "--version"], capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise ServingError(f"{TOOL}: does not run here: {(result.stderr or result.stdout).strip()}")
-    return result.stdout.removeprefix("Perf Analyzer Version").split()[0]
+    words = (result.stdout + result.stderr).strip()
+    found = re.search(r"\d+\.\d+\.\d+", words)
+    if result.returncode != 0 or found is None:
+        raise ServingError(f"{TOOL}: does not run here: {words}")
+    return found[0]
 
 
 def measure(model: str, *, url: str, inputs: Path, concurrency: int, window_requests: int) -> Measurement:
