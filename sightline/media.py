@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sightline.errors import ConfigError, MediaError
 
-__all__ = ["MediaSpec", "content_hash", "decode", "load", "preprocess", "sniff"]
+__all__ = ["MediaSpec", "content_hash", "decode", "load", "preprocess", "resize", "sniff"]
 
 # Pillow warns between its limit and twice its limit and raises above. Here both refuse, and MediaSpec's own
 # limit is never above Pillow's, so that nothing depends on the process's warning filters at the call.
@@ -166,6 +166,11 @@ def preprocess(frames: list[Image.Image], spec: MediaSpec) -> npt.NDArray[np.flo
     pixels *= np.float32(1 / 255) / std
     pixels -= mean / std
     return pixels
+
+
+def resize(frames: list[Image.Image], spec: MediaSpec) -> npt.NDArray[np.uint8]:
+    """Resize and crop RGB frames to uint8 [n, H, W, 3]: `preprocess` without its normalisation."""
+    return np.stack([np.asarray(_resize(frame, spec)) for frame in frames])
 
 
 def load(data: bytes, spec: MediaSpec) -> npt.NDArray[np.float32]:

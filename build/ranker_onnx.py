@@ -1,0 +1,88 @@
+"""Ranker folder → `embed.onnx` and `score.onnx`; eager and exported must agree before anything is kept."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from sightline.errors import ReleaseError
+from trainer.ranker_model import EmbedGraph, RankerShape, ScoreGraph, new_ranker
+
+TOLERANCE = 1e-5  # absolute, on FEATURES and on SCORE: FP32 sums in another order
+ROWS = 7  # of the comparison; no power of two, so a fixed batch size cannot hide
+
+
+def export_ranker(ranker_dir: str | Path, out_dir: str | Path) -> dict[str, Any]:
+    """Write `embed.onnx` and `score.onnx` with a free batch dimension.
+
+    Tensor names are those of the Triton contract. A ranker without a content feature group keeps that input:
+    the graph takes it and does not read it, so that every release has one contract.
+
+    Returns:
+        `ranker.json` plus the largest difference between eager and ONNX: `embed_error`, `score_error`.
+
+    Raises:
+        ReleaseError: the graphs differ from the model by more than `TOLERANCE`.
+    """
+    ranker_dir, out_dir = Path(ranker_dir), Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = json.loads((ranker_dir / "ranker.json").read_text())
+    shape = RankerShape.from_json(document["shape"])
+    model = new_ranker(shape, seed=0)
+    model.load_state_dict(torch.load(ranker_dir / "model.pt", weights_only=True))
+    model.eval()
+    embed, score = EmbedGraph(model, shape).eval(), ScoreGraph(model).eval()
+
+    inputs = _example(shape, document)
+    ids = {name: value for name, value in inputs.items() if name != "DENSE"}
+    embed_error = _export(embed, ids, "FEATURES", out_dir / "embed.onnx")
+    with torch.no_grad():
+        features = embed(*ids.values())
+    score_error = _export(score, {"FEATURES": features, "DENSE": inputs["DENSE"]}, "SCORE", out_dir / "score.onnx")
+    return {**document, "embed_error": embed_error, "score_error": score_error}
+
+
+def _example(shape: RankerShape, document: dict[str, Any]) -> dict[str, Tensor]:
+    """Random valid inputs in the order of `EmbedGraph.forward`, then DENSE."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, shape.token_rows, (ROWS, document["token_length"]))
+    tokens[0] = 0  # an item without a caption
+    profile = rng.integers(0, shape.token_rows, (ROWS, document["profile_length"]))
+    weights = rng.dirichlet(np.ones(profile.shape[1]), ROWS).astype(np.float32)
+    context = np.stack([rng.integers(0, n, ROWS) for n in shape.context.values()], 1)
+    values = {
+        "USER_INDEX": rng.integers(0, shape.users, (ROWS, 1)),
+        "ITEM_INDEX": rng.integers(0, shape.items, (ROWS, 1)),
+        "CONTEXT": context,
+        "ITEM_TOKENS": tokens,
+        "PROFILE_TOKENS": profile,
+        "PROFILE_WEIGHTS": weights,
+        "DENSE": rng.normal(size=(ROWS, shape.dense)).astype(np.float32),
+    }
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def _export(graph: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> float:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        torch.onnx.export(
+            graph, tuple(inputs.values()), path, input_names=list(inputs), output_names=[output],
+            dynamic_axes={name: {0: "batch"} for name in (*inputs, output)}, dynamo=False,
+        )  # fmt: skip
+        eager = graph(*inputs.values()).numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    if names != list(inputs):
+        raise ReleaseError(f"{path.name}: expected inputs {list(inputs)}, the graph has {names}")
+    exported = session.run([output], {name: value.numpy() for name, value in inputs.items()})[0]
+    error = float(np.abs(eager - exported).max())
+    if not error <= TOLERANCE:
+        raise ReleaseError(f"{path.name}: eager and ONNX differ by {error:.2e}; expected at most {TOLERANCE:g}")
+    return error

@@ -1,0 +1,1 @@
+"""Offline training in PyTorch: captioner, ranker, evaluation."""

@@ -1,0 +1,334 @@
+"""Train the captioner: first the vision tower on the words of the captions, then everything on the captions.
+
+Phase 1 (`tower`) follows SuperClass (Huang et al. 2024): the tower classifies which caption words a picture
+has, from max-pooled patch features. It costs a third of a captioning step and teaches the tower to see; a
+decoder attached from the start waits long for that (docs/log.md). The patch embedding starts from the
+whitened principal components of the training patches and positions from 2-D sinusoids.
+Phase 2 (`caption`) is LLaVA's language-model loss on prompt + caption.
+
+Every step's batch, augmentation and learning rate depend on (seed, phase, step) alone, so an interrupted run
+that continues from its checkpoint ends with the same loss as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from sightline.errors import ConfigError, DataError
+from sightline.media import MediaSpec
+from sightline.prompt import CaptionPrompt
+from sightline.schema import MediaReader, read_interactions, read_items, read_record
+from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets, model_inputs
+from trainer.captioner_model import SIZES, new_captioner, save_captioner, train_tokenizer
+from trainer.optim import Optimizer
+from trainer.splits import Split, micros, training_items
+
+log = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerConfig:
+    """One run of the captioner's training."""
+
+    size: str = "tiny"
+    start: Path | None = None  # `--from`: a LLaVA checkpoint folder to go on from
+    tower_steps: int = 900
+    steps: int = 500
+    batch: int = 64  # frames-weighted: a batch of n-frame videos has batch · 2 / (n + 1) items
+    lr: float = 2e-3
+    muon_lr: float = 0.02
+    seed: int = 0
+    frames: int = 4
+    valid_share: float = 0.04
+    eval_every: int = 100
+    patience: int = 5  # evaluations without a better validation loss
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ConfigError(f"--size is {self.size!r}; expected one of {', '.join(SIZES)}")
+        for name in ("steps", "batch", "frames", "eval_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.tower_steps < 0:
+            raise ConfigError(f"--tower-steps is {self.tower_steps}; expected 0 (none) or more")
+        if not 0 < self.valid_share < 0.5:
+            raise ConfigError(f"--valid-share is {self.valid_share}; expected a share between 0 and 0.5")
+
+
+def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str, Any]:
+    """Fit a captioner on the training items of the data set `data` and write it to the folder `out`.
+
+    A run that was interrupted continues when called again with the same arguments; a finished one returns its
+    record at once. Items after the split (`trainer.splits.training_items`) are never read.
+
+    Returns:
+        The record of the run, also in `out/record.json`.
+
+    Raises:
+        ConfigError: `out` holds a run with another configuration.
+        DataError: no training item has both media and text.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    plan = json.loads(json.dumps({**asdict(config), "data": _identity(data)}, default=str))
+    if (out / "plan.json").exists() and json.loads((out / "plan.json").read_text()) != plan:
+        raise ConfigError(f"{out} holds a run with other settings or data; choose another --out or remove it")
+    (out / "plan.json").write_text(json.dumps(plan, indent=2))
+    if (out / "record.json").exists():
+        finished: dict[str, Any] = json.loads((out / "record.json").read_text())
+        return finished
+    run = _Run(data, out, config)
+    record = {**plan, **run.fit()}
+    part = out / "record.json.part"
+    part.write_text(json.dumps(record, indent=2))
+    part.replace(out / "record.json")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return record
+
+
+class _Run:
+    def __init__(self, data: Path, out: Path, config: CaptionerConfig) -> None:
+        self.out, self.config = out, config
+        items, interactions, record = read_items(data), read_interactions(data), read_record(data)
+        split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
+        may = training_items(items, interactions, record, split, config.seed)
+        text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+        ids = [int(i) for i in items["item_id"].to_numpy()[may] if text[int(i)]]
+        if not ids:
+            raise DataError(f"{data}/items.parquet: expected training items with `text` and media, found none")
+
+        if config.start is None:
+            tokenizer = train_tokenizer(text[i] for i in ids)
+            self.model = new_captioner(config.size, tokenizer, config.seed)
+            self._save(tokenizer, "untrained", max_new_tokens=64)
+        else:
+            self.model = LlavaForConditionalGeneration.from_pretrained(config.start, dtype=torch.float32)
+            tokenizer = Tokenizer.from_file(str(config.start / "tokenizer.json"))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            own = config.start / "sightline.json"
+            template = json.loads(own.read_text())["prompt"] if own.exists() else None
+            self._save(tokenizer, "untrained", max_new_tokens=64, prompt=template, copy_from=config.start)
+        self.tokenizer = tokenizer
+        self.prompt = CaptionPrompt.from_pretrained(out)
+        self.image_tokens = image_tokens(self.model)
+        self.pixels = Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(out))
+        self.targets = Targets([text[i] for i in self.pixels.ids], tokenizer, self.prompt.end_id)
+        order = np.random.default_rng([config.seed, 0]).permutation(len(self.pixels))
+        held = max(1, int(len(order) * config.valid_share))
+        self.valid, self.train = np.sort(order[:held]), np.sort(order[held:])
+        if not len(self.train):
+            raise DataError(f"{data}: expected at least two training items with usable media, found {len(order)}")
+        self.augment = Augmentation()
+
+    def fit(self) -> dict[str, Any]:
+        began = time.monotonic()
+        config, model = self.config, self.model
+        history: dict[str, list[dict[str, float]]] = {}
+        if config.start is None and config.tower_steps:
+            start_tower(model, self.pixels, self.train, config.seed)
+            tower = _TowerClassifier(model, len(self.targets.words))
+            history["tower"] = self._phase("tower", tower, config.tower_steps, self._tower_loss(tower))
+        history["caption"] = self._phase("caption", model, config.steps, self._caption_loss)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        version = digest.hexdigest()[:12]
+        own = json.loads((self.out / "sightline.json").read_text())
+        self._save(
+            self.tokenizer, version, max_new_tokens=self.targets.length + 4, prompt=own["prompt"],
+            copy_from=config.start,
+        )  # fmt: skip
+        return {
+            "version": version,
+            "items": {"train": len(self.train), "valid": len(self.valid)},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "history": history,
+            "final_loss": history["caption"][-1]["train_loss"],
+            "valid_loss": min(h["valid_loss"] for h in history["caption"]),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    # --- losses: (rows, generator of augmentation or None) → scalar ----------------------------------
+
+    def _tower_loss(self, tower: _TowerClassifier) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
+        def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
+            frame = rng.integers(0, self.pixels.counts[rows]) if rng else np.zeros(len(rows), np.int64)
+            x = self.pixels.batch(rows, frame)
+            true_colours = torch.ones(len(rows), dtype=torch.bool)
+            if rng:
+                x, true_colours = self.augment(x, rng)
+            logits = tower(self.pixels.normalised(x))
+            lost = F.binary_cross_entropy_with_logits(logits, self.targets.bag(rows), reduction="none")
+            known = true_colours[:, None] | ~self.targets.word_is_colour
+            return (lost * known).sum(1).mean()
+
+        return loss
+
+    def _caption_loss(self, rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
+        x = self.pixels.batch(rows)
+        true_colours = torch.ones(len(rows), dtype=torch.bool)
+        if rng:
+            x, true_colours = self.augment(x, rng)
+        labels = self.targets.labels(rows, true_colours)
+        tokens = self.image_tokens * x.shape[1]
+        ids, labels = model_inputs(self.prompt, tokens, labels, self.targets.ids[rows])
+        keep = self.targets.length + 1
+        out = self.model(
+            input_ids=ids, pixel_values=self.pixels.normalised(x), attention_mask=torch.ones_like(ids),
+            logits_to_keep=keep,
+        )  # fmt: skip
+        logits, wanted = out.logits[:, :-1], labels[:, 1 - keep :]
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE)
+
+    # --- loop ----------------------------------------------------------------------------------------
+
+    def _phase(
+        self, name: str, module: nn.Module, steps: int, loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor]
+    ) -> list[dict[str, float]]:
+        config = self.config
+        optimizer = Optimizer(
+            module, lr=config.lr, muon_lr=0.0 if config.start else config.muon_lr, steps=steps
+        )
+        step, history, best = 0, [], float("inf")
+        checkpoint = self.out / "checkpoint.pt"
+        state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else None
+        if state and state["phase"] != name and name in state["done"]:
+            module.load_state_dict(state["done"][name]["model"], strict=False)
+            return list(state["done"][name]["history"])
+        if state and state["phase"] == name:
+            module.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, history, best = state["step"], state["history"], state["best"]
+            log.info("continuing %s at step %d of %d", name, step, steps)
+        done = state["done"] if state else {}
+        groups = list(self.pixels.by_length(self.train)) if name == "caption" else [self.train]
+        weight = np.array([len(g) for g in groups]) / len(self.train)
+        saved, smooth, stale = time.monotonic(), None, 0
+        module.train()
+        progress = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=2)
+        while step < steps:
+            rng = np.random.default_rng([config.seed, 1 + len(done), step])
+            group = groups[rng.choice(len(groups), p=weight)]
+            frames = int(self.pixels.counts[group[0]]) if name == "caption" else 1
+            size = max(1, config.batch * 2 // (frames + 1))
+            rows = rng.choice(group, size, replace=len(group) < size)
+            loss = loss_of(rows, rng)
+            optimizer.step(loss, step)
+            step += 1
+            value = float(loss.detach())
+            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+            progress.update()
+            progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            if step % config.eval_every == 0 or step == steps:
+                valid = self._valid_loss(module, name, loss_of)
+                history.append({"step": step, "train_loss": value, "valid_loss": valid})
+                stale = stale + 1 if valid >= best else 0
+                best = min(best, valid)
+                if stale >= config.patience:
+                    log.info("%s: stopped at step %d, no better validation loss in %d looks", name, step, stale)
+                    break
+            if time.monotonic() - saved > config.checkpoint_seconds or step == steps:
+                self._checkpoint(
+                    phase=name, step=step, model=module.state_dict(), optimizer=optimizer.state_dict(),
+                    history=history, best=best, done=done,
+                )  # fmt: skip
+                saved = time.monotonic()
+        progress.close()
+        done = {**done, name: {"model": module.state_dict(), "history": history}}
+        self._checkpoint(phase="", done=done)
+        module.eval()
+        return history
+
+    @torch.no_grad()
+    def _valid_loss(
+        self, module: nn.Module, name: str, loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor]
+    ) -> float:
+        module.eval()
+        groups = self.pixels.by_length(self.valid) if name == "caption" else [self.valid]
+        losses, sizes = [], []
+        for group in groups:
+            for rows in np.array_split(group, -(-len(group) // self.config.batch)):
+                losses.append(float(loss_of(rows, None)))
+                sizes.append(len(rows))
+        module.train()
+        return float(np.average(losses, weights=sizes))
+
+    def _checkpoint(self, **state: Any) -> None:
+        part = self.out / "checkpoint.pt.part"
+        torch.save(state, part)
+        os.replace(part, self.out / "checkpoint.pt")
+
+    def _save(self, tokenizer: Tokenizer, version: str, **options: Any) -> None:
+        save_captioner(self.model, tokenizer, self.out, version=version, frames=self.config.frames, **options)
+
+
+class _TowerClassifier(nn.Module):
+    """Which caption words a picture has: FP32 [B, 3, H, W] → logits [B, W]."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, words: int) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        self.head = nn.Linear(model.config.vision_config.hidden_size, words)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
+        logits: Tensor = self.head(patches.amax(1))
+        return logits
+
+
+@torch.no_grad()
+def start_tower(model: LlavaForConditionalGeneration, pixels: Pixels, rows: np.ndarray, seed: int) -> None:
+    """Data-dependent start of the vision tower: whitened patch components and 2-D sinusoidal positions.
+
+    Small ViTs spend most of a short training on finding edge filters and the grid; both can be given.
+    """
+    tower = model.model.vision_tower
+    config = model.config.vision_config
+    width, patch = config.hidden_size, config.patch_size
+    chosen = np.random.default_rng([seed, 4]).choice(rows, min(len(rows), 2000), replace=False)
+    x = pixels.normalised(pixels.batch(chosen, np.zeros(len(chosen), np.int64)))
+    patches = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n, 3 · patch²]
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    k = min(width, len(values))
+    scale = (values[-k:] + 1e-3 * values[-1]).rsqrt()
+    embeddings = (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
+    embeddings.patch_embedding.weight[:k] = (vectors[:, -k:] * scale).T.unflatten(1, (3, patch, patch))
+
+    side = config.image_size // patch
+    frequency = 1e4 ** (-torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [v.reshape(-1, 1) * frequency for v in (column, row)]
+    waves = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
+    embeddings.position_embedding.weight[1:, : waves.shape[1]] = 0.5 * waves
+
+
+def image_tokens(model: LlavaForConditionalGeneration) -> int:
+    """Rows of the prompt table that one picture takes."""
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")
+
+
+def _identity(data: Path) -> str:
+    """A data set's identity for resuming: its record, and its items' size."""
+    stat = (data / "items.parquet").stat()
+    return hashlib.sha256((data / "dataset.json").read_bytes() + str(stat.st_size).encode()).hexdigest()[:12]

@@ -1,0 +1,207 @@
+"""Interactions + captions → training examples, in one streaming pass in time order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from sightline.errors import DataError
+from sightline.profile import DENSE, UserProfiles
+from sightline.schema import CONTEXT_PREFIX, stream_interactions
+from sightline.tokens import TokenSpec
+from trainer.splits import Split
+
+TRAIN, VALID, TEST = 0, 1, 2
+BATCH_ROWS = 16384
+DAY = 86_400_000_000  # microseconds
+HOUR = DAY // 24
+TIME_CONTEXT = {"hour": 24, "weekday": 7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Ids that occur in training, ascending; index 1 + position, 0 for everything else."""
+
+    ids: np.ndarray
+
+    def index(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n] ids → int64 [n] indices."""
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[at] == ids, at + 1, 0)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Feature columns of a data set: context names with cardinalities, and the two id vocabularies."""
+
+    context: dict[str, int]
+    users: Vocabulary
+    items: Vocabulary
+
+    @classmethod
+    def of(cls, interactions: pa.Table, split: Split) -> Columns:
+        """Vocabularies from the training rows alone; context cardinalities too, larger values are clipped."""
+        train = interactions.filter(pc.less(interactions["timestamp"].cast(pa.int64()), split.test_from))
+        context = dict(TIME_CONTEXT)
+        for name in interactions.column_names:
+            if name.startswith(CONTEXT_PREFIX):
+                context[name.removeprefix(CONTEXT_PREFIX)] = int(pc.max(train[name]).as_py()) + 1
+        users, items = (
+            Vocabulary(ids=np.sort(pc.unique(train[column]).to_numpy())) for column in ("user_id", "item_id")
+        )
+        return cls(context=context, users=users, items=items)
+
+
+def context_of(batch: pa.RecordBatch, columns: Columns) -> np.ndarray:
+    """int64 [rows, C]: hour of the day and weekday (UTC) of the event, then the logged context columns."""
+    time = batch["timestamp"].cast(pa.int64()).to_numpy()
+    derived = {"hour": time // HOUR % 24, "weekday": (time // DAY + 3) % 7}
+    values = [
+        derived[name] if name in derived else batch[CONTEXT_PREFIX + name].to_numpy() for name in columns.context
+    ]
+    return np.stack([np.clip(v, 0, n - 1) for v, n in zip(values, columns.context.values(), strict=True)], 1).astype(
+        np.int64
+    )
+
+
+def write_examples(
+    data: Path, out: Path, columns: Columns, split: Split, item_tokens: dict[int, np.ndarray], profiles: UserProfiles
+) -> None:
+    """Write `examples.parquet`: one row per interaction, with the user's profile as it was just before it.
+
+    Args:
+        item_tokens: item_id → int64 [L]; items without a caption are absent.
+        profiles: empty; afterwards it holds every user's state at the end of the log.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    length = profiles.config.length
+    part = out.with_suffix(".part")
+    writer: pq.ParquetWriter | None = None
+    last = -1
+    pending: list[tuple[int, np.ndarray, bool]] = []
+    progress = tqdm(desc="examples", unit="row", mininterval=1)
+    try:
+        for batch in stream_interactions(data, BATCH_ROWS):
+            time = batch["timestamp"].cast(pa.int64()).to_numpy()
+            if (np.diff(time) < 0).any() or time[0] < last:
+                raise DataError(
+                    f"{data}/interactions.parquet: expected rows in time order; sort them by timestamp"
+                )
+            users, items, labels = (batch[c].to_numpy() for c in ("user_id", "item_id", "label"))
+            tokens = np.zeros((len(users), length), np.int32)
+            weights = np.zeros((len(users), length), np.float32)
+            dense = np.zeros((len(users), len(DENSE)), np.float32)
+            for row, (now, user, item, label) in enumerate(
+                zip(time.tolist(), users.tolist(), items.tolist(), labels.tolist(), strict=True)
+            ):
+                if now > last:  # events of one instant do not see each other
+                    for event in pending:
+                        profiles.observe(event[0], event[1], positive=event[2])
+                    pending, last = [], now
+                profile = profiles.read(user)
+                tokens[row], weights[row], dense[row] = profile.tokens, profile.weights, profile.dense
+                pending.append((user, item_tokens.get(item, nothing), label > 0))
+            table = pa.table(
+                {
+                    "user_id": users,
+                    "item_id": items,
+                    "label": labels,
+                    "part": np.where(time < split.valid_from, TRAIN, np.where(time < split.test_from, VALID, TEST)),
+                    "user_index": columns.users.index(users),
+                    "item_index": columns.items.index(items),
+                    "context": _fixed(context_of(batch, columns)),
+                    "profile_tokens": _fixed(tokens),
+                    "profile_weights": _fixed(weights),
+                    "dense": _fixed(dense),
+                }
+            )
+            writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
+            writer.write_table(table)
+            progress.update(len(users))
+        for event in pending:
+            profiles.observe(event[0], event[1], positive=event[2])
+    finally:
+        progress.close()
+        if writer:
+            writer.close()
+    part.replace(out)
+
+
+def _fixed(values: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Dense arrays of B examples; token arrays are padded with 0."""
+
+    user_index: np.ndarray  # int64 [B]
+    item_index: np.ndarray  # int64 [B]
+    context: np.ndarray  # int64 [B, C]
+    item_tokens: np.ndarray  # int64 [B, L]
+    profile_tokens: np.ndarray  # int64 [B, K]
+    profile_weights: np.ndarray  # FP32 [B, K]
+    dense: np.ndarray  # FP32 [B, n]
+    label: np.ndarray  # FP32 [B]
+    user_id: np.ndarray  # int64 [B]
+    item_id: np.ndarray  # int64 [B]
+
+
+def stream_examples(
+    path: Path,
+    parts: Sequence[int],
+    token_table: tuple[np.ndarray, np.ndarray],
+    batch_size: int,
+    shuffle: np.random.Generator | None = None,
+    buffer_rows: int = 131_072,
+) -> Iterator[Batch]:
+    """Stream batches; with `shuffle`, row groups come in random order and rows are mixed within a buffer.
+
+    Args:
+        token_table: item ids ascending int64 [n] and their tokens int64 [n, L]; other items get zeros.
+    """
+    item_ids, item_tokens = token_table
+    file = pq.ParquetFile(path)
+    groups = np.arange(file.num_row_groups)
+    if shuffle is not None:
+        shuffle.shuffle(groups)
+    held: list[pa.Table] = []
+    rows = 0
+    for position, group in enumerate(groups):
+        table = file.read_row_group(int(group))
+        table = table.filter(pc.is_in(table["part"], pa.array(parts)))
+        held.append(table)
+        rows += table.num_rows
+        if rows < buffer_rows and position + 1 < len(groups):
+            continue
+        whole = pa.concat_tables(held).combine_chunks()
+        held, rows = [], 0
+        if not whole.num_rows:
+            continue
+        columns = {name: _array(whole[name]) for name in whole.column_names if name != "part"}
+        order = np.arange(whole.num_rows) if shuffle is None else shuffle.permutation(whole.num_rows)
+        for start in range(0, len(order), batch_size):
+            take = order[start : start + batch_size]
+            chosen = {name: values[take] for name, values in columns.items()}
+            at = np.minimum(np.searchsorted(item_ids, chosen["item_id"]), len(item_ids) - 1)
+            known = item_ids[at] == chosen["item_id"]
+            chosen["profile_tokens"] = chosen["profile_tokens"].astype(np.int64)
+            yield Batch(item_tokens=item_tokens[at] * known[:, None], **chosen)
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+    if pa.types.is_fixed_size_list(column.type):
+        flat = column.combine_chunks().flatten() if column.num_chunks != 1 else column.chunk(0).flatten()
+        return np.asarray(flat.to_numpy()).reshape(len(column), column.type.list_size)
+    return np.asarray(column.to_numpy())

@@ -1,0 +1,123 @@
+"""What is reported: of captions, and of click predictions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from sklearn.metrics import log_loss, roc_auc_score
+
+from catalogue.attributes import caption_slots
+from catalogue.movies import movie_slots
+from sightline.tokens import normalise
+
+Slots = Iterable[tuple[str, str]]
+
+
+def word_slots(caption: str) -> frozenset[tuple[str, str]]:
+    """Every word is a slot of its own: for captions without a grammar."""
+    return frozenset(("word", word) for word in normalise(caption).split())
+
+
+GRAMMARS: dict[str, Callable[[str], Slots]] = {
+    "product": caption_slots,
+    "movie": movie_slots,
+    "words": word_slots,
+}
+
+
+def caption_metrics(
+    predicted: Sequence[str], reference: Sequence[str], slots: Callable[[str], Slots]
+) -> dict[str, float]:
+    """Attribute F1 (micro, over (slot, value) pairs), exact match, and token F1 (mean over captions)."""
+    hit = claimed = wanted = 0
+    token_f1 = []
+    for ours, theirs in zip(predicted, reference, strict=True):
+        p, r = set(slots(ours)), set(slots(theirs))
+        hit, claimed, wanted = hit + len(p & r), claimed + len(p), wanted + len(r)
+        a, b = Counter(normalise(ours).split()), Counter(normalise(theirs).split())
+        token_f1.append(2 * (a & b).total() / max(1, a.total() + b.total()))
+    return {
+        "attribute_f1": 2 * hit / max(1, claimed + wanted),
+        "exact_match": float(np.mean([a == b for a, b in zip(predicted, reference, strict=True)])),
+        "token_f1": float(np.mean(token_f1)),
+        "captions": len(predicted),
+    }
+
+
+def slot_recall(
+    predicted: Sequence[str], reference: Sequence[str], slots: Callable[[str], Slots]
+) -> dict[str, float]:
+    """Per slot: share of reference values that the prediction has."""
+    hits: dict[str, list[bool]] = {}
+    for ours, theirs in zip(predicted, reference, strict=True):
+        found = set(slots(ours))
+        for slot, value in slots(theirs):
+            hits.setdefault(slot, []).append((slot, value) in found)
+    return {slot: float(np.mean(values)) for slot, values in sorted(hits.items())}
+
+
+def ranking_metrics(label: np.ndarray, score: np.ndarray, user: np.ndarray) -> dict[str, float]:
+    """AUC, GAUC, normalised entropy and calibration of predicted click probabilities.
+
+    GAUC is the mean of per-user AUCs weighted by the user's rows, over users with both labels. Normalised
+    entropy is log loss over the log loss of the base rate (He et al. 2014). Calibration is mean prediction
+    over mean label.
+
+    Args:
+        label: {0, 1} [rows].
+        score: probabilities [rows].
+        user: ids [rows].
+    """
+    rate = float(label.mean())
+    order = np.argsort(user, kind="stable")
+    bounds = np.flatnonzero(np.diff(user[order])) + 1
+    aucs, weights = [], []
+    for rows in np.split(order, bounds):
+        if 0 < label[rows].sum() < len(rows):
+            aucs.append(roc_auc_score(label[rows], score[rows]))
+            weights.append(len(rows))
+    return {
+        "auc": float(roc_auc_score(label, score)),
+        "gauc": float(np.average(aucs, weights=weights)) if aucs else float("nan"),
+        "ne": float(log_loss(label, score) / log_loss(label, np.full(len(label), rate))),
+        "calibration": float(score.mean() / rate),
+        "rows": len(label),
+    }
+
+
+def relative_lift(auc: float, base: float) -> float:
+    """AUC lift over a base in per cent of the base's AUC."""
+    return 100 * (auc / base - 1)
+
+
+def lift_interval(
+    label: np.ndarray,
+    user: np.ndarray,
+    base: Sequence[np.ndarray],
+    other: Sequence[np.ndarray],
+    *,
+    draws: int = 200,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of the relative AUC lift (%) of `other` over `base`: paired bootstrap over users.
+
+    A draw takes users with replacement, keeps all their rows, and scores both arms on the same users; arms
+    are averaged over their seeds (`base[s]`, `other[s]`: scores [rows]).
+    """
+    _, index = np.unique(user, return_inverse=True)
+    users = int(index.max()) + 1
+    rng = np.random.default_rng([seed, 6])
+    lifts = []
+    for _ in range(draws):
+        weight = np.bincount(rng.integers(users, size=users), minlength=users)[index]
+        a, b = (np.mean([roc_auc_score(label, s, sample_weight=weight) for s in arm]) for arm in (base, other))
+        lifts.append(relative_lift(float(b), float(a)))
+    low, high = np.percentile(lifts, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summary(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over seeds of every metric."""
+    return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
