@@ -28,7 +28,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "sightline-setup"
 PERF_ANALYZER = ROOT / ".tools" / "perf_analyzer"
-PROJECTS = tuple(p for p in ("client", ".") if (ROOT / p / "pyproject.toml").exists())
+PROJECTS = ("client", ".")
 
 PYTHON = (3, 11)
 MACHINES = ("x86_64", "aarch64")
