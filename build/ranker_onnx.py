@@ -45,7 +45,9 @@ def export_ranker(ranker_dir: str | Path, out_dir: str | Path) -> dict[str, Any]
     embed_error = _export(embed, ids, "FEATURES", out_dir / "embed.onnx")
     with torch.no_grad():
         features = embed(*ids.values())
-    score_error = _export(score, {"FEATURES": features, "DENSE": inputs["DENSE"]}, "SCORE", out_dir / "score.onnx")
+    score_error = _export(
+        score, {"FEATURES": features, "DENSE": inputs["DENSE"]}, "SCORE", out_dir / "score.onnx"
+    )
     return {**document, "embed_error": embed_error, "score_error": score_error}
 
 
@@ -84,5 +86,7 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
     exported = session.run([output], {name: value.numpy() for name, value in inputs.items()})[0]
     error = float(np.abs(eager - exported).max())
     if not error <= TOLERANCE:
-        raise ReleaseError(f"{path.name}: eager and ONNX differ by {error:.2e}; expected at most {TOLERANCE:g}")
+        raise ReleaseError(
+            f"{path.name}: eager and ONNX differ by {error:.2e}; expected at most {TOLERANCE:g}"
+        )
     return error

@@ -134,10 +134,7 @@ def _place(attributes: Attributes, rng: Rng) -> list[tuple[float, float, float, 
     tilt = rng.uniform(-6, 6)
     if count == 1:
         return [(float(middle[0]), float(middle[1]), side, tilt)]
-    if count == 2:
-        offsets = [(-0.54, 0.0), (0.54, 0.0)]
-    else:
-        offsets = [(-0.54, 0.5), (0.54, 0.5), (0.0, -0.5)]
+    offsets = [(-0.54, 0.0), (0.54, 0.0)] if count == 2 else [(-0.54, 0.5), (0.54, 0.5), (0.0, -0.5)]
     return [(float(middle[0] + dx * side), float(middle[1] + dy * side), side, tilt) for dx, dy in offsets]
 
 

@@ -28,6 +28,28 @@ app.add_typer(release, name="release")
 # --- data -----------------------------------------------------------------------------------------
 
 
+@data.command("generate")
+def generate_data(
+    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/synthetic"),
+    items: Annotated[int, typer.Option(help="Images and videos.")] = 9000,
+    users: Annotated[int, typer.Option()] = 1200,
+    sessions_per_user: Annotated[int, typer.Option(help="Slates of ten impressions each.")] = 32,
+    video_share: Annotated[float, typer.Option()] = 0.2,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same data.")] = 0,
+) -> None:
+    """Generate a catalogue of images and videos with a log of impressions; prints its best possible AUC."""
+    from catalogue.synthetic import SyntheticConfig, generate
+
+    config = SyntheticConfig(
+        items=items, users=users, sessions_per_user=sessions_per_user, video_share=video_share, seed=seed
+    )
+    record = generate(out, config)
+    typer.echo(
+        f"{out}: {items} items, {record['rows']} impressions, click rate {record['click_rate']:.3f}; best possible AUC "
+        f"after the cut {record['auc_bayes']:.4f}, on items created after it {record['auc_bayes_cold']:.4f}"
+    )
+
+
 @data.command("import-movielens")
 def import_movielens(
     folder: Annotated[Path, typer.Argument(help="Folder with ratings.csv, movies.csv and posters/.")],
@@ -113,6 +135,77 @@ def _pairs(flag: str, values: list[str] | None) -> dict[str, str]:
 
 # --- train ----------------------------------------------------------------------------------------
 
+Data = Annotated[Path, typer.Option("--data", help="Folder of the data set.")]
+DATA, CAPTIONER, RANKER = (Path("artifacts") / name for name in ("data/synthetic", "captioner", "ranker"))
+
+
+@train.command("captioner")
+def train_captioner(
+    data: Data = DATA,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the captioner; an interrupted run continues.")
+    ] = CAPTIONER,
+    size: Annotated[str, typer.Option(help="tiny, 7b.")] = "tiny",
+    start: Annotated[
+        Path | None, typer.Option("--from", help="LLaVA checkpoint folder to go on from.")
+    ] = None,
+    tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 900,
+    steps: Annotated[int, typer.Option(help="Steps on captions.")] = 500,
+    batch: Annotated[int, typer.Option()] = 64,
+    lr: Annotated[float, typer.Option(help="Of AdamW; about 2e-5 with --from.")] = 2e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the captioner on the training items of a data set; the last line is the record as JSON."""
+    from trainer import captioner
+
+    config = captioner.CaptionerConfig(
+        size=size, start=start, tower_steps=tower_steps, steps=steps, batch=batch, lr=lr, seed=seed
+    )
+    typer.echo(json.dumps(captioner.train_captioner(data, out, config)))
+
+
+@app.command()
+def caption(
+    data: Data = DATA,
+    captioner: Annotated[Path, typer.Option(help="Folder of the captioner.")] = CAPTIONER,
+    out: Annotated[Path, typer.Option(help="Parquet file: item_id, caption.")] = Path(
+        "artifacts/captions.parquet"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the captioner's training: tells held-out items.")] = 0,
+) -> None:
+    """Caption all items of a data set; the last line is JSON with their quality on held-out items."""
+    from trainer.captioning import caption_items, caption_quality, version_of, write_captions
+
+    version = version_of(captioner)
+    captions = caption_items(captioner, data)
+    write_captions(out, captions, version)
+    typer.echo(json.dumps(caption_quality(data, captions, seed)))
+
+
+@train.command("ranker")
+def train_ranker(
+    data: Data = DATA,
+    captions: Annotated[Path, typer.Option(help="What `sightline caption` wrote.")] = Path(
+        "artifacts/captions.parquet"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the ranker.")] = RANKER,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="ids, item_tokens, profile, tokens; the last one is kept.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Per arm.")] = 3,
+    epochs: Annotated[int, typer.Option(help="At most.")] = 4,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+) -> None:
+    """Train and compare rankers with and without content features; the last line is the record as JSON."""
+    from trainer import ranker
+    from trainer.captioning import read_captions
+
+    found, version = read_captions(captions)
+    arms = tuple(arm) if arm else ("ids", "tokens")
+    config = ranker.RankerConfig(arms=arms, seeds=seeds, epochs=epochs, seed=seed)
+    typer.echo(json.dumps(ranker.train_ranker(data, found, version, out, config)))
+
+
 # --- build and release ------------------------------------------------------------------------------
 
 Releases = Annotated[Path, typer.Option("--releases", help="Folder of the releases.")]
@@ -185,7 +278,6 @@ def serve(
     )
 
 
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
@@ -214,12 +306,38 @@ def bench(
     from benchmarks.throughput import BenchOptions, opening
     from benchmarks.throughput import bench as run_bench
 
-    given = {"data": data, "releases": releases, "out": out, "runs": runs,
-             "concurrency": tuple(concurrency) if concurrency else None}
+    given = {
+        "data": data,
+        "releases": releases,
+        "out": out,
+        "runs": runs,
+        "concurrency": tuple(concurrency) if concurrency else None,
+    }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = BenchOptions.quick(**chosen) if quick else BenchOptions(**chosen)
     typer.echo(opening(options))
     typer.echo(json.dumps(run_bench(options, progress=typer.echo), separators=(",", ":")))
+
+
+# --- demo -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder in the MovieLens or in Sightline's layout; generated if not given."),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("artifacts"),
+    seed: Annotated[int, typer.Option()] = 0,
+    small: Annotated[
+        bool, typer.Option("--small", help="A few steps of everything, to see that it works.")
+    ] = False,
+) -> None:
+    """Data, captioner, ranker, release, server, ranking: everything once; the last line is JSON."""
+    from sightline.demo import run_demo
+
+    typer.echo(json.dumps(run_demo(data, root, seed=seed, small=small)))
 
 
 def main() -> None:

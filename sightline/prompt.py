@@ -50,7 +50,9 @@ class CaptionPrompt:
             text = config["text_config"]
             image_token = config.get("image_token_id", config.get("image_token_index"))
         except KeyError as error:
-            raise ConfigError(f"{folder}/config.json: expected the key {error}, as in a LLaVA checkpoint") from error
+            raise ConfigError(
+                f"{folder}/config.json: expected the key {error}, as in a LLaVA checkpoint"
+            ) from error
         except Exception as error:
             raise ConfigError(f"{folder}: expected a LLaVA checkpoint folder; {error}") from error
         own = _read_json(folder / "sightline.json") if (folder / "sightline.json").exists() else {}

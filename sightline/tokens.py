@@ -19,6 +19,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,7 +58,9 @@ class Family(BaseModel):
         if self.vocabulary is not None and len(self.vocabulary) != self.rows:
             raise ValueError(f"family {self.kind}: {len(self.vocabulary)} words but {self.rows} rows")
         if any(not 0 < a < PRIME or not 0 <= b < PRIME for a, b in self.hashes):
-            raise ValueError(f"family {self.kind}: expected hash seeds 0 < a < p and 0 <= b < p, p = 2^61 - 1")
+            raise ValueError(
+                f"family {self.kind}: expected hash seeds 0 < a < p and 0 <= b < p, p = 2^61 - 1"
+            )
         return self
 
 
@@ -201,7 +204,7 @@ def _tokens(text: str, kind: Kind) -> Iterator[str]:
         case "word":
             yield from words
         case "bigram":
-            yield from (f"{a} {b}" for a, b in zip(words, words[1:], strict=False))
+            yield from (f"{a} {b}" for a, b in pairwise(words))
         case "trigram":
             for word in words:
                 marked = f" {word} "

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
-from sightline.prompt import CaptionPrompt
+from sightline.prompt import LLAVA_PROMPT, CaptionPrompt
 from sightline.schema import MediaReader, read_interactions, read_items, read_record
 from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets, model_inputs
 from trainer.captioner_model import SIZES, new_captioner, save_captioner, train_tokenizer
@@ -113,7 +113,9 @@ class _Run:
         text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
         ids = [int(i) for i in items["item_id"].to_numpy()[may] if text[int(i)]]
         if not ids:
-            raise DataError(f"{data}/items.parquet: expected training items with `text` and media, found none")
+            raise DataError(
+                f"{data}/items.parquet: expected training items with `text` and media, found none"
+            )
 
         if config.start is None:
             tokenizer = train_tokenizer(text[i] for i in ids)
@@ -125,7 +127,7 @@ class _Run:
             tokenizer.no_padding()
             tokenizer.no_truncation()
             own = config.start / "sightline.json"
-            template = json.loads(own.read_text())["prompt"] if own.exists() else None
+            template = json.loads(own.read_text())["prompt"] if own.exists() else LLAVA_PROMPT
             self._save(tokenizer, "untrained", max_new_tokens=64, prompt=template, copy_from=config.start)
         self.tokenizer = tokenizer
         self.prompt = CaptionPrompt.from_pretrained(out)
@@ -136,7 +138,9 @@ class _Run:
         held = max(1, int(len(order) * config.valid_share))
         self.valid, self.train = np.sort(order[:held]), np.sort(order[held:])
         if not len(self.train):
-            raise DataError(f"{data}: expected at least two training items with usable media, found {len(order)}")
+            raise DataError(
+                f"{data}: expected at least two training items with usable media, found {len(order)}"
+            )
         self.augment = Augmentation()
 
     def fit(self) -> dict[str, Any]:
@@ -169,7 +173,9 @@ class _Run:
 
     # --- losses: (rows, generator of augmentation or None) → scalar ----------------------------------
 
-    def _tower_loss(self, tower: _TowerClassifier) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
+    def _tower_loss(
+        self, tower: _TowerClassifier
+    ) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
         def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
             frame = rng.integers(0, self.pixels.counts[rows]) if rng else np.zeros(len(rows), np.int64)
             x = self.pixels.batch(rows, frame)
@@ -202,7 +208,11 @@ class _Run:
     # --- loop ----------------------------------------------------------------------------------------
 
     def _phase(
-        self, name: str, module: nn.Module, steps: int, loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor]
+        self,
+        name: str,
+        module: nn.Module,
+        steps: int,
+        loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor],
     ) -> list[dict[str, float]]:
         config = self.config
         optimizer = Optimizer(
@@ -244,7 +254,9 @@ class _Run:
                 stale = stale + 1 if valid >= best else 0
                 best = min(best, valid)
                 if stale >= config.patience:
-                    log.info("%s: stopped at step %d, no better validation loss in %d looks", name, step, stale)
+                    log.info(
+                        "%s: stopped at step %d, no better validation loss in %d looks", name, step, stale
+                    )
                     break
             if time.monotonic() - saved > config.checkpoint_seconds or step == steps:
                 self._checkpoint(
@@ -260,7 +272,10 @@ class _Run:
 
     @torch.no_grad()
     def _valid_loss(
-        self, module: nn.Module, name: str, loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor]
+        self,
+        module: nn.Module,
+        name: str,
+        loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor],
     ) -> float:
         module.eval()
         groups = self.pixels.by_length(self.valid) if name == "caption" else [self.valid]

@@ -102,12 +102,14 @@ class Targets:
     """Reference captions as padded ids int64 [items, T]: caption, end, then IGNORE."""
 
     def __init__(self, captions: Sequence[str], tokenizer: Tokenizer, end_id: int) -> None:
-        rows = [e.ids + [end_id] for e in tokenizer.encode_batch(list(captions), add_special_tokens=False)]
+        rows = [[*e.ids, end_id] for e in tokenizer.encode_batch(list(captions), add_special_tokens=False)]
         self.length = max(map(len, rows), default=1)
         self.ids = torch.full((len(rows), self.length), IGNORE)
         for row, ids in enumerate(rows):
             self.ids[row, : len(ids)] = torch.tensor(ids)
-        colours = [e.ids for e in tokenizer.encode_batch([f" {c}" for c in COLOUR_WORDS], add_special_tokens=False)]
+        colours = [
+            e.ids for e in tokenizer.encode_batch([f" {c}" for c in COLOUR_WORDS], add_special_tokens=False)
+        ]
         whole = torch.tensor([ids[0] for ids in colours if len(ids) == 1], dtype=torch.int64)
         self.is_colour = torch.isin(self.ids, whole)
         words = torch.bincount(self.ids[self.ids >= 0])
@@ -124,7 +126,9 @@ class Targets:
         return (self.ids[rows][:, :, None] == self.words).any(1).float()
 
 
-def model_inputs(prompt: CaptionPrompt, image_tokens: int, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def model_inputs(
+    prompt: CaptionPrompt, image_tokens: int, labels: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
     """(input_ids int64 [B, L + T], labels int64 [B, L + T]) of prompt followed by caption.
 
     Args:

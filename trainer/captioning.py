@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
+from sightline.errors import DataError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
-from sightline.schema import MediaReader, read_items
+from sightline.schema import MediaReader, read_interactions, read_items, read_record
 from trainer.captioner import image_tokens
 from trainer.captioner_data import Pixels
+from trainer.metrics import GRAMMARS, caption_metrics, slot_recall
+from trainer.splits import Split, micros, training_items
 
 
 @torch.inference_mode()
@@ -24,7 +31,9 @@ def caption_items(
     """item_id → caption, greedy, for all items with usable media (or those of `item_ids`)."""
     items = read_items(data)
     ids = items["item_id"].to_pylist() if item_ids is None else list(item_ids)
-    return caption_pixels(captioner, Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner)), batch)
+    return caption_pixels(
+        captioner, Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner)), batch
+    )
 
 
 @torch.inference_mode()
@@ -50,3 +59,77 @@ def caption_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> dict[in
             progress.update(len(rows))
     progress.close()
     return captions
+
+
+def write_captions(path: Path, captions: dict[int, str], version: str) -> None:
+    """Write item_id → caption as Parquet, marked with the captioner's version; whole or not at all."""
+    table = pa.table(
+        {"item_id": pa.array(captions, pa.int64()), "caption": pa.array(captions.values(), pa.string())}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(table.replace_schema_metadata({"captioner": version}), part)
+    part.replace(path)
+
+
+def read_captions(path: Path) -> tuple[dict[int, str], str]:
+    """item_id → caption, and the version of the captioner that wrote them.
+
+    Raises:
+        DataError: no such file, or not one that `sightline caption` wrote.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: expected captions; write them with `sightline caption`")
+    table = pq.read_table(path)
+    version = (table.schema.metadata or {}).get(b"captioner")
+    if version is None or not {"item_id", "caption"} <= set(table.column_names):
+        raise DataError(
+            f"{path}: expected item_id, caption and the captioner's version; write it with `sightline caption`"
+        )
+    return dict(
+        zip(table["item_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    ), version.decode()
+
+
+def version_of(captioner: Path) -> str:
+    """The version of a captioner folder that was trained here."""
+    path = captioner / "sightline.json"
+    if not path.exists():
+        raise DataError(f"{captioner}: expected a captioner folder with sightline.json; train one first")
+    return str(json.loads(path.read_text())["version"])
+
+
+def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str, dict[str, Any]]:
+    """Caption metrics on items that the captioner was not fitted on, and on unseen combinations among them.
+
+    A combination is unseen if the generator held it out; in other data, if no training item has the same set
+    of attributes.
+
+    Returns:
+        `items` and `combinations`, each with `trainer.metrics.caption_metrics` and the recall per slot.
+    """
+    items, interactions, record = read_items(data), read_interactions(data), read_record(data)
+    split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
+    fitted = training_items(items, interactions, record, split, seed)
+    slots: Callable[[str], Any] = GRAMMARS[record.get("grammar", "words")]
+    rows = list(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), fitted.tolist(), strict=True))
+    unseen_pairs = {tuple(pair) for pair in record.get("held_out", [])}
+    seen = {frozenset(slots(text)) for _, text, fit in rows if fit and text}
+
+    def unseen(text: str) -> bool:
+        found = dict(slots(text))
+        if unseen_pairs:
+            return (found.get("object"), found.get("colour")) in unseen_pairs
+        return frozenset(slots(text)) not in seen
+
+    held = [(captions[item], text) for item, text, fit in rows if not fit and text and item in captions]
+    cuts = {"items": held, "combinations": [pair for pair in held if unseen(pair[1])]}
+    quality = {}
+    for name, pairs in cuts.items():
+        if pairs:
+            ours, theirs = zip(*pairs, strict=True)
+            quality[name] = {
+                **caption_metrics(ours, theirs, slots),
+                "recall": slot_recall(ours, theirs, slots),
+            }
+    return quality

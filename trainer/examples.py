@@ -15,7 +15,6 @@ from tqdm import tqdm
 from sightline.errors import DataError
 from sightline.profile import DENSE, UserProfiles
 from sightline.schema import CONTEXT_PREFIX, stream_interactions
-from sightline.tokens import TokenSpec
 from trainer.splits import Split
 
 TRAIN, VALID, TEST = 0, 1, 2
@@ -68,15 +67,21 @@ def context_of(batch: pa.RecordBatch, columns: Columns) -> np.ndarray:
     time = batch["timestamp"].cast(pa.int64()).to_numpy()
     derived = {"hour": time // HOUR % 24, "weekday": (time // DAY + 3) % 7}
     values = [
-        derived[name] if name in derived else batch[CONTEXT_PREFIX + name].to_numpy() for name in columns.context
+        derived[name] if name in derived else batch[CONTEXT_PREFIX + name].to_numpy()
+        for name in columns.context
     ]
-    return np.stack([np.clip(v, 0, n - 1) for v, n in zip(values, columns.context.values(), strict=True)], 1).astype(
-        np.int64
-    )
+    return np.stack(
+        [np.clip(v, 0, n - 1) for v, n in zip(values, columns.context.values(), strict=True)], 1
+    ).astype(np.int64)
 
 
 def write_examples(
-    data: Path, out: Path, columns: Columns, split: Split, item_tokens: dict[int, np.ndarray], profiles: UserProfiles
+    data: Path,
+    out: Path,
+    columns: Columns,
+    split: Split,
+    item_tokens: dict[int, np.ndarray],
+    profiles: UserProfiles,
 ) -> None:
     """Write `examples.parquet`: one row per interaction, with the user's profile as it was just before it.
 
@@ -117,7 +122,9 @@ def write_examples(
                     "user_id": users,
                     "item_id": items,
                     "label": labels,
-                    "part": np.where(time < split.valid_from, TRAIN, np.where(time < split.test_from, VALID, TEST)),
+                    "part": np.where(
+                        time < split.valid_from, TRAIN, np.where(time < split.test_from, VALID, TEST)
+                    ),
                     "user_index": columns.users.index(users),
                     "item_index": columns.items.index(items),
                     "context": _fixed(context_of(batch, columns)),

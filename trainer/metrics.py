@@ -112,7 +112,9 @@ def lift_interval(
     lifts = []
     for _ in range(draws):
         weight = np.bincount(rng.integers(users, size=users), minlength=users)[index]
-        a, b = (np.mean([roc_auc_score(label, s, sample_weight=weight) for s in arm]) for arm in (base, other))
+        a, b = (
+            np.mean([roc_auc_score(label, s, sample_weight=weight) for s in arm]) for arm in (base, other)
+        )
         lifts.append(relative_lift(float(b), float(a)))
     low, high = np.percentile(lifts, [2.5, 97.5])
     return float(low), float(high)

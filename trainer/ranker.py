@@ -92,10 +92,14 @@ def train_ranker(
     out.mkdir(parents=True, exist_ok=True)
     items, interactions, record = read_items(data), read_interactions(data), read_record(data)
     if interactions.num_rows == 0:
-        raise DataError(f"{data}/interactions.parquet: expected interactions to train a ranker on, it is empty")
+        raise DataError(
+            f"{data}/interactions.parquet: expected interactions to train a ranker on, it is empty"
+        )
     split = Split.of(record, micros(interactions["timestamp"]))
     columns = Columns.of(interactions, split)
-    fit_on = set(items["item_id"].to_numpy()[training_items(items, interactions, record, split, config.seed)].tolist())
+    fit_on = set(
+        items["item_id"].to_numpy()[training_items(items, interactions, record, split, config.seed)].tolist()
+    )
     spec = TokenSpec.fit(
         [caption for item, caption in captions.items() if item in fit_on],
         families=config.families, length=config.token_length, rows=config.token_rows, seed=config.seed,
@@ -103,7 +107,14 @@ def train_ranker(
     ids = np.array(sorted(captions), dtype=np.int64)
     table = (ids, spec.encode_batch([captions[i] for i in ids.tolist()]))
     profiles = UserProfiles(ProfileConfig(length=config.profile_length), spec.ids_of(config.families[0]))
-    write_examples(data, out / "examples.parquet", columns, split, dict(zip(ids.tolist(), table[1], strict=True)), profiles)
+    write_examples(
+        data,
+        out / "examples.parquet",
+        columns,
+        split,
+        dict(zip(ids.tolist(), table[1], strict=True)),
+        profiles,
+    )
 
     test = _Test(out / "examples.parquet", table, columns)
     results: dict[str, dict[str, Any]] = {}
@@ -157,7 +168,9 @@ def bayes_auc(data: Path) -> dict[str, float] | None:
     label = interactions["label"].to_numpy()
     after = time_ >= split.test_from
     cold = after & (known.index(interactions["item_id"].to_numpy()) == 0)
-    return {name: float(roc_auc_score(label[m], probability[m])) for name, m in (("all", after), ("cold", cold))}
+    return {
+        name: float(roc_auc_score(label[m], probability[m])) for name, m in (("all", after), ("cold", cold))
+    }
 
 
 class _Test:
@@ -177,14 +190,18 @@ class _Test:
 
     def metrics(self, scores: list[np.ndarray]) -> dict[str, dict[str, float]]:
         return {
-            name: metrics.summary([metrics.ranking_metrics(self.label[m], s[m], self.user[m]) for s in scores])
+            name: metrics.summary(
+                [metrics.ranking_metrics(self.label[m], s[m], self.user[m]) for s in scores]
+            )
             for name, m in self.cuts.items()
         }
 
     def lifts(self, base: list[np.ndarray], other: list[np.ndarray]) -> dict[str, dict[str, Any]]:
         found = {}
         for name, m in self.cuts.items():
-            a, b = (float(np.mean([roc_auc_score(self.label[m], s[m]) for s in arm])) for arm in (base, other))
+            a, b = (
+                float(np.mean([roc_auc_score(self.label[m], s[m]) for s in arm])) for arm in (base, other)
+            )
             interval = metrics.lift_interval(
                 self.label[m], self.user[m], [s[m] for s in base], [s[m] for s in other]
             )
@@ -194,12 +211,25 @@ class _Test:
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
     """The model's inputs of a batch as tensors."""
-    names = ("user_index", "item_index", "context", "item_tokens", "profile_tokens", "profile_weights", "dense")
+    names = (
+        "user_index",
+        "item_index",
+        "context",
+        "item_tokens",
+        "profile_tokens",
+        "profile_weights",
+        "dense",
+    )
     return {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in names}
 
 
 def _fit(
-    shape: RankerShape, path: Path, table: tuple[np.ndarray, np.ndarray], config: RankerConfig, seed: int, arm: str
+    shape: RankerShape,
+    path: Path,
+    table: tuple[np.ndarray, np.ndarray],
+    config: RankerConfig,
+    seed: int,
+    arm: str,
 ) -> tuple[DLRM, list[dict[str, float]]]:
     model = new_ranker(shape, seed)
     is_table = {id(p) for p in model.sparse_arch.parameters()}
@@ -281,7 +311,9 @@ def _write_folder(
         out / "users.parquet",
     )
     items = np.concatenate([[0], columns.items.ids])
-    pq.write_table(pa.table({"item_id": items, "item_index": columns.items.index(items)}), out / "items.parquet")
+    pq.write_table(
+        pa.table({"item_id": items, "item_index": columns.items.index(items)}), out / "items.parquet"
+    )
     digest = hashlib.sha256()
     for name in ("model.pt", "token_spec.json", "users.parquet", "items.parquet"):
         digest.update((out / name).read_bytes())

@@ -48,17 +48,19 @@ def micros(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def training_items(
-    items: pa.Table, interactions: pa.Table, record: Mapping[str, Any], split: Split, seed: int
+    items: pa.Table, interactions: pa.Table, record: Mapping[str, Any], split: Split | None, seed: int
 ) -> np.ndarray:
     """bool [items]: may the captioner be fitted on it?
 
-    With a log: items that were shown before the test period, and not created in it. Without one (emoji): a
-    seeded 80 % of the items.
+    With a log (and its split): items that were shown before the test period, or created before the data
+    set's own cut. Without one: a seeded 80 % of the items.
     """
     ids = items["item_id"].to_numpy()
-    if interactions.num_rows == 0:
+    if split is None:
         return np.random.default_rng([seed, 7]).uniform(size=len(ids)) < TRAIN_SHARE
-    shown = pc.unique(interactions.filter(pc.less(interactions["timestamp"].cast(pa.int64()), split.test_from))["item_id"])
+    shown = pc.unique(
+        interactions.filter(pc.less(interactions["timestamp"].cast(pa.int64()), split.test_from))["item_id"]
+    )
     seen = np.isin(ids, shown.to_numpy())
     if "train_until" in record:
         return seen | (micros(items["created_at"]) < split.test_from)
