@@ -12,7 +12,6 @@ from typing import Any
 
 import onnxruntime
 import pyarrow.parquet as pq
-from sightline.tokens import TokenSpec
 from transformers.utils import logging as transformers_logging
 
 from build.decoder import write_decoder
@@ -24,6 +23,7 @@ from sightline.errors import ReleaseError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
 from sightline.release import Components, Limits, Manifest
+from sightline.tokens import TokenSpec
 
 SOURCE = Path(__file__).parents[1] / "model_repository"
 # What the caption model reads of a captioner folder; weights go to vision_encoder and tensorrt_llm.

@@ -11,7 +11,9 @@ def write_decoder(captioner_dir: Path, out_dir: Path) -> LlamaConfig:
     """Write `config.json` and one `model.safetensors` of a LlamaForCausalLM; returns its configuration."""
     captioner = LlavaForConditionalGeneration.from_pretrained(captioner_dir, dtype="auto")
     config = captioner.config.text_config
-    decoder = LlamaForCausalLM(config).to(captioner.dtype)
+    assert isinstance(config, LlamaConfig)
+    decoder = LlamaForCausalLM(config)
+    decoder.to(dtype=captioner.dtype)
     decoder.model.load_state_dict(captioner.model.language_model.state_dict())
     decoder.lm_head.load_state_dict(captioner.lm_head.state_dict())
     # One file: the decoder maps it into memory, so shards would buy nothing.

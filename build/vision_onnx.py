@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDims:
-    """Sizes of the graph: pixel_values FP32 [N, 3, height, width] → image_features FP32 [N, tokens, hidden]."""
+    """Sizes of the graph: pixel_values FP32 [N, 3, height, width] → image_features [N, tokens, hidden]."""
 
     height: int
     width: int

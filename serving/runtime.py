@@ -69,9 +69,27 @@ class Runtime:
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_entries("LD_LIBRARY_PATH")]),
             # A stub takes its packages from the first python3 on the path.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_entries("PATH")]),
-            # A release stays what was verified: no __pycache__ in it.
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
+
+
+def link_models(source: Path, folder: Path) -> list[str]:
+    """Make `folder` a model repository of links into `source`; returns the models' names.
+
+    A stub writes bytecode beside a model.py (and heeds no PYTHONDONTWRITEBYTECODE), but a release has to stay what
+    was verified. So python files are copied, and only links lead to the rest.
+    """
+    models = sorted(path for path in source.iterdir() if path.is_dir())
+    folder.mkdir()
+    for model in models:
+        if not any(model.glob("*/model.py")):
+            (folder / model.name).symlink_to(model)
+            continue
+        for path in model.rglob("*"):
+            target = folder / path.relative_to(source)
+            if path.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target) if path.suffix == ".py" else target.symlink_to(path)
+    return [model.name for model in models]
 
 
 def choose_port(name: str, host: str, port: int) -> int:

@@ -17,18 +17,19 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from serving.probe import canary
-from serving.runtime import Runtime, choose_port
+from serving.runtime import Runtime, choose_port, link_models
 from sightline.errors import ServingError
 from sightline.release import verify
 
 # Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends
-# the server ($1, also its process group) and removes what a killed one leaves: stubs, shared memory ($2…).
+# the server ($1, also its process group) and removes what it leaves: the run folder ($3) and, if it was
+# killed, stubs and shared memory ($2…).
 GUARD = """
 read -r _
 kill -s TERM "$1"; tries=0
 while kill -s 0 "$1" && [ $tries -lt 200 ]; do sleep 0.1; tries=$((tries+1)); done
 kill -s KILL -- "-$1"
-rm -f "/dev/shm/$2"*
+rm -rf "/dev/shm/$2"* "$3"
 """
 LOADED = re.compile(r"successfully loaded '(\w+)'")
 # Triton's complaints on a machine without a GPU; true, and nothing to act on. They stay in the log.
@@ -47,6 +48,7 @@ class TritonServer:
     Attributes:
         manifest: the verified release's.
         url, http_url, metrics_url: `host:port` of gRPC and HTTP, URL of the Prometheus metrics.
+        token: part of the names of everything that belongs to this server: run folder, shared memory.
         start_seconds: from the start of the process to the canary's answer.
         log_path: the server's whole log.
     """
@@ -78,15 +80,15 @@ class TritonServer:
         self._metrics = choose_port("--metrics-port", host, metrics_port)
         self.url, self.http_url = f"{host}:{self._grpc}", f"{host}:{self._http}"
         self.metrics_url = f"http://{host}:{self._metrics}/metrics"
-        self._token = f"sightline_{os.getpid()}_{secrets.token_hex(4)}"
-        self.log_path = Path(log_path or f"artifacts/logs/{self._token}.log").resolve()
+        self.token = f"sightline_{os.getpid()}_{secrets.token_hex(4)}"
+        self.log_path = Path(log_path or f"artifacts/logs/{self.token}.log").resolve()
         self._timeout = timeout
         self._progress = progress
         self._events: queue.Queue[tuple[str, str]] = queue.Queue()
         self.start_seconds = 0.0
 
     def __enter__(self) -> Self:
-        self._run_dir = Path(tempfile.mkdtemp(prefix=f"{self._token}_"))
+        self._run_dir = Path(tempfile.mkdtemp(prefix=f"{self.token}_"))
         try:
             self._start()
             self._await_models()
@@ -114,7 +116,7 @@ class TritonServer:
         raise ServingError(f"tritonserver ended with code {code}; its log is {self.log_path}")
 
     def statistics(self) -> dict[str, Any]:
-        """Per model: inferences, executions (batches), mean milliseconds per request (queue, compute, total)."""
+        """Per model: inferences, executions (batches), mean milliseconds of queue, compute and in total."""
         import tritonclient.grpc as triton
 
         with triton.InferenceServerClient(self.url) as client:
@@ -133,15 +135,14 @@ class TritonServer:
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def _start(self) -> None:
-        backends = self._run_dir / "backends"
+        backends, repository = self._run_dir / "backends", self._run_dir / "models"
         self._runtime.make_backends(backends)
-        repository = self.release_dir / "model_repository"
-        models = sorted(path.name for path in repository.iterdir())
+        models = link_models(self.release_dir / "model_repository", repository)
         command = [
             str(self._runtime.binary),
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._token}",
+            f"--backend-config=python,shm-region-prefix-name={self.token}",
             "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in models),
             f"--model-load-thread-count={len(models)}",
@@ -161,7 +162,8 @@ class TritonServer:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._guard = subprocess.Popen(
-            ["sh", "-c", GUARD, "guard", str(self._process.pid), self._token], start_new_session=True,
+            ["sh", "-c", GUARD, "guard", str(self._process.pid), self.token, str(self._run_dir)],
+            start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)

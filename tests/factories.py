@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from sightline.profile import DENSE
+from sightline.tokens import TokenSpec
 from trainer.captioner_model import BOS, EOS, IMAGE, PAD, save_captioner, train_tokenizer
+from trainer.ranker_model import RankerShape, new_ranker
 
-TOKENS, PROFILE, DIM, ROWS = 8, 6, 4, 100
+TOKENS, PROFILE = 16, 6
 
 CAPTIONS = [
     "a large red circle with stripes on a white background",
@@ -53,97 +53,31 @@ def tiny_captioner(folder: Path, seed: int = 0, *, version: str = "test-captione
     return folder
 
 
-def tiny_ranker(
-    folder: Path,
-    seed: int = 0,
-    *,
-    captioner_version: str = "test-captioner",
-    token_spec_version: str = "test-spec",
-) -> Path:
-    """A ranker folder without weights: two known users, two known items, two context columns."""
+def tiny_ranker(folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner") -> Path:
+    """A ranker folder with random weights: two known users, two known items, two context columns."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
+    # Trigrams, because a random captioner writes nothing that has words in common with real captions.
+    spec = TokenSpec.fit(CAPTIONS, families=("word", "trigram"), length=TOKENS, min_count=1, rows=64)
+    spec.save(folder / "token_spec.json")
+    context = {"position": 4, "hour": 24}
+    shape = RankerShape(users=3, items=3, context=context, token_rows=spec.rows, dense=len(DENSE), dim=4)
+    torch.save(new_ranker(shape, seed).state_dict(), folder / "model.pt")
     record = {
-        "version": "test-ranker", "token_spec_version": token_spec_version,
-        "captioner_version": captioner_version,
-        "context": [{"name": "position", "cardinality": 4}, {"name": "hour", "cardinality": 24}],
-        "token_length": TOKENS, "profile_length": PROFILE, "dense": ["age", "activity"],
-        "features": 5, "dim": DIM,
+        "version": "test-ranker", "token_spec_version": spec.version, "captioner_version": captioner_version,
+        "context": [{"name": name, "cardinality": n} for name, n in context.items()],
+        "token_length": TOKENS, "profile_length": PROFILE, "dense": list(DENSE),
+        "features": len(shape.features), "dim": shape.dim, "shape": shape.to_json(),
     }  # fmt: skip
     (folder / "ranker.json").write_text(json.dumps(record))
-    (folder / "token_spec.json").write_text(json.dumps({"version": token_spec_version, "length": TOKENS}))
-    users = [0, 7, 42]
-    pq.write_table(
-        pa.table({
-            "user_id": pa.array(users, pa.int64()),
-            "user_index": pa.array(range(len(users)), pa.int64()),
-            "profile_tokens": pa.array(random.integers(0, ROWS, (3, PROFILE)).tolist(), pa.list_(pa.int64())),
-            "profile_weights": pa.array(random.random((3, PROFILE)).tolist(), pa.list_(pa.float32())),
-            "dense": pa.array(random.random((3, 2)).tolist(), pa.list_(pa.float32())),
-        }),
-        folder / "users.parquet",
-    )  # fmt: skip
+    tokens = random.integers(1, spec.rows, (3, PROFILE))
+    users = {
+        "user_id": pa.array([0, 7, 42], pa.int64()),
+        "user_index": pa.array([0, 1, 2], pa.int64()),
+        "profile_tokens": pa.array(tokens.tolist(), pa.list_(pa.int64())),
+        "profile_weights": pa.array(random.dirichlet(np.ones(PROFILE), 3).tolist(), pa.list_(pa.float32())),
+        "dense": pa.array((3 * random.random((3, len(DENSE)))).tolist(), pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(users), folder / "users.parquet")
     pq.write_table(pa.table({"item_id": [0, 5, 9], "item_index": [0, 1, 2]}), folder / "items.parquet")
     return folder
-
-
-def export_tiny_ranker(ranker_dir: Path, out_dir: Path) -> dict[str, int]:
-    """`embed.onnx` and `score.onnx` of the ranker's sizes with random weights."""
-    random = np.random.default_rng(1)
-
-    def weight(*shape: int) -> onnx.TensorProto:
-        return numpy_helper.from_array(
-            random.normal(size=shape).astype(np.float32), f"w{random.integers(1 << 30)}"
-        )
-
-    inputs = {
-        "USER_INDEX": 1,
-        "ITEM_INDEX": 1,
-        "CONTEXT": 2,
-        "ITEM_TOKENS": TOKENS,
-        "PROFILE_TOKENS": PROFILE,
-    }
-    weights, nodes = [], []
-    for name in inputs:
-        table = weight(ROWS, DIM)
-        weights.append(table)
-        nodes.append(helper.make_node("Gather", [table.name, name], [f"{name}.rows"]))
-        rows = f"{name}.rows"
-        if name == "PROFILE_TOKENS":
-            nodes.append(helper.make_node("Unsqueeze", ["PROFILE_WEIGHTS", "last"], ["weights"]))
-            nodes.append(helper.make_node("Mul", [rows, "weights"], ["weighted"]))
-            rows = "weighted"
-        nodes.append(helper.make_node("ReduceSum", [rows, "one"], [f"{name}.sum"], keepdims=1))
-    nodes.append(helper.make_node("Concat", [f"{name}.sum" for name in inputs], ["FEATURES"], axis=1))
-    axes = [numpy_helper.from_array(np.array([axis]), name) for name, axis in (("one", 1), ("last", 2))]
-    _save(
-        out_dir / "embed.onnx",
-        nodes,
-        weights + axes,
-        [_tensor(name, TensorProto.INT64, size) for name, size in inputs.items()]
-        + [_tensor("PROFILE_WEIGHTS", TensorProto.FLOAT, PROFILE)],
-        _tensor("FEATURES", TensorProto.FLOAT, 5, DIM),
-    )
-    dense = weight(5 * DIM + 2, 1)
-    _save(
-        out_dir / "score.onnx",
-        [
-            helper.make_node("Flatten", ["FEATURES"], ["flat"], axis=1),
-            helper.make_node("Concat", ["flat", "DENSE"], ["all"], axis=1),
-            helper.make_node("MatMul", ["all", dense.name], ["logit"]),
-            helper.make_node("Sigmoid", ["logit"], ["SCORE"]),
-        ],
-        [dense],
-        [_tensor("FEATURES", TensorProto.FLOAT, 5, DIM), _tensor("DENSE", TensorProto.FLOAT, 2)],
-        _tensor("SCORE", TensorProto.FLOAT, 1),
-    )
-    return {"features": 5, "dim": DIM}
-
-
-def _tensor(name: str, kind: int, *shape: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, ["batch", *shape])
-
-
-def _save(path: Path, nodes: list[Any], weights: list[Any], inputs: list[Any], output: Any) -> None:
-    graph = helper.make_graph(nodes, path.stem, inputs, [output], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)

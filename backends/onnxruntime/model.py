@@ -2,7 +2,8 @@
 
 It holds a model to the rules of the real backend, so that a release which loads here loads there: input
 count and names exact, a dynamic first dimension wherever the model batches, types and sizes equal, no
-optional inputs in a batching model. The requests of one dynamic batch are concatenated, run once, and split again.
+optional inputs in a batching model. The requests of one dynamic batch are concatenated, run once, and split
+again.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class TritonPythonModel:
         self.prompt = CaptionPrompt.from_pretrained(folder)
         # vision_encoder's own max_batch_size, written here by the build.
         self.encoder_batch = int(config["parameters"]["vision_encoder_max_batch_size"]["string_value"])
+        self.max_batch: int = config["max_batch_size"]
         self.threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def finalize(self) -> None:
@@ -52,6 +53,9 @@ class TritonPythonModel:
 
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Caption the rows of all requests together; MEDIA is BYTES [rows, 1] in each."""
+        # Triton's async_exec waits in a thread of the loop's default executor. That has cores + 4: too few for
+        # a batch to reach the decoder together. The loop, new in every call, shuts this one down.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(self.max_batch))
         rows = [
             [bytes(row) for row in pb_utils.get_input_tensor_by_name(request, "MEDIA").as_numpy().reshape(-1)]
             for request in requests
