@@ -1,0 +1,179 @@
+"""Exports equal the checkpoint they come from, and a build refuses parts that were not made for each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from build import assemble, vision_onnx
+from build.assemble import build_release
+from build.decoder import write_decoder
+from build.vision_onnx import Encoder, export_vision
+from sightline import release
+from sightline.errors import ReleaseError
+from sightline.media import MediaSpec, load
+from sightline.prompt import CaptionPrompt
+from tests.factories import tiny_captioner, tiny_ranker
+from tests.fake_triton import load_model
+from tests.media_files import clip, picture
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture(scope="module")
+def eager(captioner: Path) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(captioner).eval()
+
+
+@pytest.mark.parametrize("layer", [-2, -1, [-1, -2]])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_encoder_is_the_models_own(eager: LlavaForConditionalGeneration, layer: int | list[int], strategy: str) -> None:
+    """The module that is exported gives what `get_image_features` gives, whatever layers the checkpoint uses."""
+    config = eager.config
+    kept = (config.vision_feature_layer, config.vision_feature_select_strategy)
+    config.vision_feature_layer, config.vision_feature_select_strategy = layer, strategy
+    projector = eager.model.multi_modal_projector
+    try:
+        if isinstance(layer, list):
+            eager.model.multi_modal_projector = type(projector)(config)
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = eager.get_image_features(pixels).pooler_output
+            got = Encoder(eager)(pixels)
+        assert got.shape[1] == (16 if strategy == "default" else 17)
+        torch.testing.assert_close(got, torch.stack(list(expected)), rtol=0, atol=1e-6)
+    finally:
+        eager.model.multi_modal_projector = projector
+        config.vision_feature_layer, config.vision_feature_select_strategy = kept
+
+
+def test_exported_vision_equals_eager(captioner: Path, eager: LlavaForConditionalGeneration, tmp_path: Path) -> None:
+    dims = export_vision(captioner, tmp_path / "model.onnx")
+    assert (dims.height, dims.width, dims.tokens, dims.hidden) == (32, 32, 16, 48)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (1, 5):
+        pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.inference_mode():
+            expected = Encoder(eager)(pixels).numpy()
+        np.testing.assert_allclose(session.run(None, {"pixel_values": pixels.numpy()})[0], expected, atol=1e-4)
+
+
+def test_an_export_that_is_off_is_refused(captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision_onnx, "TOLERANCE", 0.0)
+    with pytest.raises(ReleaseError, match=r"model\.onnx: exported image features differ"):
+        export_vision(captioner, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_served_captioning_equals_transformers(
+    captioner: Path, eager: LlavaForConditionalGeneration, tmp_path: Path, kind: str
+) -> None:
+    """Image features as prompt-table rows through the CPU decoder, against `generate` of the checkpoint."""
+    backend = load_model("backends/tensorrtllm/model.py")
+    data = picture() if kind == "image" else clip(tmp_path / "v.mp4", [10, 80, 160, 240])
+    pixels = torch.from_numpy(load(data, MediaSpec.from_pretrained(captioner)))
+    prompt = CaptionPrompt.from_pretrained(captioner)
+    write_decoder(captioner, tmp_path / "decoder")
+    with torch.inference_mode():
+        table = Encoder(eager)(pixels).reshape(-1, 48).numpy()
+        tokens = prompt.token_ids(len(table))
+        expected = eager.generate(
+            input_ids=torch.from_numpy(tokens)[None].long(), attention_mask=torch.ones(1, len(tokens)),
+            pixel_values=pixels, max_new_tokens=12, do_sample=False, pad_token_id=prompt.pad_id,
+        )[0, len(tokens) :].tolist()  # fmt: skip
+    generated = backend.Decoder(tmp_path / "decoder").generate(
+        [backend.Prompt(ids=prompt.ids(len(table)), table=table, max_new=12, end_id=prompt.end_id)]
+    )[0]
+    assert generated == [token for token in expected if token != prompt.end_id]
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def rewrite(path: Path, **change: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captioner_version": "older"}, "captioner_version 'older', this build has 'test-captioner'"),
+        ({"token_spec_version": "other"}, "token_spec_version 'other'"),
+        ({"token_length": 99}, "token_length 99"),
+        ({"context": [{"name": "position", "cardinality": 4}]}, "ranker.json: context is 1 long"),
+    ],
+)
+def test_a_ranker_of_other_parts_is_refused(
+    captioner: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    ranker = tiny_ranker(tmp_path / "ranker")
+    rewrite(ranker / "ranker.json", **change)
+    with pytest.raises(ReleaseError, match=message):
+        build_release(captioner, ranker, tmp_path / "releases")
+    assert not list((tmp_path / "releases").glob("*")), "a refused build leaves nothing"
+
+
+def test_a_captioner_without_version_is_refused(captioner: Path, tmp_path: Path) -> None:
+    folder = copied(captioner, tmp_path)
+    (folder / "sightline.json").unlink()
+    with pytest.raises(ReleaseError, match=r"sightline\.json: expected a JSON object"):
+        build_release(folder, tiny_ranker(tmp_path / "ranker"), tmp_path / "releases")
+
+
+def test_a_video_that_outgrows_the_language_model_is_refused(captioner: Path, tmp_path: Path) -> None:
+    folder = copied(captioner, tmp_path)
+    rewrite(folder / "sightline.json", video_frames=64)
+    with pytest.raises(ReleaseError, match=r"video of 64 frames.*the language model has 512"):
+        build_release(folder, tiny_ranker(tmp_path / "ranker"), tmp_path / "releases")
+
+
+def test_frames_of_another_size_than_the_tower_takes_are_refused(captioner: Path, tmp_path: Path) -> None:
+    folder = copied(captioner, tmp_path)
+    rewrite(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
+    with pytest.raises(ReleaseError, match=r"frames of \(64, 64\), but the vision tower takes \(32, 32\)"):
+        build_release(folder, tiny_ranker(tmp_path / "ranker"), tmp_path / "releases")
+
+
+def test_an_interrupted_build_leaves_what_was_published(
+    parts: Path, releases_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "releases"
+    shutil.copytree(releases_dir, folder, symlinks=True)
+    before = sorted(path.name for path in folder.iterdir())
+
+    def interrupted(ranker_dir: Path, out_dir: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assemble, "export_ranker", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_release(parts / "captioner", parts / "ranker", folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    release.verify(release.current(folder))
+
+
+def test_the_same_parts_give_the_same_release(parts: Path, releases_dir: Path, tmp_path: Path) -> None:
+    again = build_release(parts / "captioner", parts / "ranker", tmp_path)
+    assert again == release.current(releases_dir).name
+
+
+def test_manifest_names_versions_stand_ins_and_limits(parts: Path, releases_dir: Path) -> None:
+    manifest = release.read_manifest(release.current(releases_dir))
+    ranker = json.loads((parts / "ranker" / "ranker.json").read_text())
+    assert manifest.components.model_dump() == {
+        "captioner": "test-captioner", "token_spec": ranker["token_spec_version"], "ranker": "test-ranker",
+    }  # fmt: skip
+    assert [name.split()[0] for name in manifest.stand_ins] == ["onnxruntime", "tensorrtllm"]
+    assert (manifest.limits.batch_size, manifest.limits.video_frames, manifest.limits.caption_tokens) == (32, 4, 12)
+    assert manifest.limits.media_pixels == MediaSpec.from_pretrained(parts / "captioner").max_pixels
+    assert {"sightline", "torch", "onnxruntime"} <= manifest.built_with.keys()
