@@ -223,7 +223,7 @@ def _rank(server: Any, data: Path, run: Path) -> dict[str, Any]:
         rows = newest.filter(pc.equal(newest["media_type"], kind))
         chosen += rows["item_id"].to_pylist()[:wanted]
     reader = MediaReader(data, items)
-    media = [data for item in chosen if (data := reader[item])]
+    media = [found for item in chosen if (found := reader[item])]
     users, counts = np.unique(interactions["user_id"].to_numpy(), return_counts=True)
     user = int(users[counts.argmax()])
     before = server.statistics()
@@ -247,8 +247,8 @@ def _rank(server: Any, data: Path, run: Path) -> dict[str, Any]:
     console.print(f"picture: {picture}")
 
     def stage(name: str) -> float:
-        rows: list[tuple[float, float]] = [(s[name]["inferences"], s[name]["total_ms"] * s[name]["inferences"]) for s in (before, after)]
-        return round((rows[1][1] - rows[0][1]) / max(1, rows[1][0] - rows[0][0]), 3)
+        (n0, ms0), (n1, ms1) = ((s[name]["inferences"], s[name]["total_ms"]) for s in (before, after))
+        return round(float((n1 * ms1 - n0 * ms0) / max(1, n1 - n0)), 3)
 
     p50, p95 = np.percentile(singles, [50, 95])
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from catalogue.synthetic import SyntheticConfig, generate
 from serving.triton import TritonServer
 from sightline import release
 from tests.factories import tiny_captioner, tiny_ranker
@@ -37,3 +38,11 @@ def server(releases_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     log = tmp_path_factory.mktemp("server") / "triton.log"
     with TritonServer(release.current(releases_dir), log_path=log) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated data set: 240 images and videos, 40 users, 3200 impressions."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic"
+    generate(folder, SyntheticConfig(items=240, users=40, sessions_per_user=8))
+    return folder

@@ -149,7 +149,7 @@ class _Run:
         history: dict[str, list[dict[str, float]]] = {}
         if config.start is None and config.tower_steps:
             start_tower(model, self.pixels, self.train, config.seed)
-            tower = _TowerClassifier(model, len(self.targets.words))
+            tower = _TowerClassifier(model, len(self.targets.words), config.frames)
             history["tower"] = self._phase("tower", tower, config.tower_steps, self._tower_loss(tower))
         history["caption"] = self._phase("caption", model, config.steps, self._caption_loss)
         digest = hashlib.sha256()
@@ -177,12 +177,11 @@ class _Run:
         self, tower: _TowerClassifier
     ) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
         def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
-            frame = rng.integers(0, self.pixels.counts[rows]) if rng else np.zeros(len(rows), np.int64)
-            x = self.pixels.batch(rows, frame)
+            x = self.pixels.batch(rows)
             true_colours = torch.ones(len(rows), dtype=torch.bool)
             if rng:
                 x, true_colours = self.augment(x, rng)
-            logits = tower(self.pixels.normalised(x))
+            logits = tower(self.pixels.normalised(x), frames=x.shape[1])
             lost = F.binary_cross_entropy_with_logits(logits, self.targets.bag(rows), reduction="none")
             known = true_colours[:, None] | ~self.targets.word_is_colour
             return (lost * known).sum(1).mean()
@@ -230,15 +229,15 @@ class _Run:
             step, history, best = state["step"], state["history"], state["best"]
             log.info("continuing %s at step %d of %d", name, step, steps)
         done = state["done"] if state else {}
-        groups = list(self.pixels.by_length(self.train)) if name == "caption" else [self.train]
-        weight = np.array([len(g) for g in groups]) / len(self.train)
+        groups = list(self.pixels.by_length(self.train))
+        weight = np.sqrt([len(g) for g in groups])  # the rarer kind, mostly videos, somewhat oftener
         saved, smooth, stale = time.monotonic(), None, 0
         module.train()
         progress = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=2)
         while step < steps:
             rng = np.random.default_rng([config.seed, 1 + len(done), step])
-            group = groups[rng.choice(len(groups), p=weight)]
-            frames = int(self.pixels.counts[group[0]]) if name == "caption" else 1
+            group = groups[rng.choice(len(groups), p=weight / weight.sum())]
+            frames = int(self.pixels.counts[group[0]])
             size = max(1, config.batch * 2 // (frames + 1))
             rows = rng.choice(group, size, replace=len(group) < size)
             loss = loss_of(rows, rng)
@@ -278,9 +277,8 @@ class _Run:
         loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor],
     ) -> float:
         module.eval()
-        groups = self.pixels.by_length(self.valid) if name == "caption" else [self.valid]
         losses, sizes = [], []
-        for group in groups:
+        for group in self.pixels.by_length(self.valid):
             for rows in np.array_split(group, -(-len(group) // self.config.batch)):
                 losses.append(float(loss_of(rows, None)))
                 sizes.append(len(rows))
@@ -297,16 +295,20 @@ class _Run:
 
 
 class _TowerClassifier(nn.Module):
-    """Which caption words a picture has: FP32 [B, 3, H, W] → logits [B, W]."""
+    """Which caption words an item has, from its frames in order; a picture counts as a still video."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, words: int) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, words: int, frames: int) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
-        self.head = nn.Linear(model.config.vision_config.hidden_size, words)
+        self.frames = frames
+        self.head = nn.Linear(frames * model.config.vision_config.hidden_size, words)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, frames: int) -> Tensor:
+        """FP32 [B · frames, 3, H, W] → logits FP32 [B, words]."""
         patches = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
-        logits: Tensor = self.head(patches.amax(1))
+        pooled = patches.amax(1).unflatten(0, (-1, frames))  # [B, frames, width]
+        in_order = torch.linspace(0, frames - 1, self.frames).round().long()
+        logits: Tensor = self.head(pooled[:, in_order].flatten(1))
         return logits
 
 
@@ -320,7 +322,7 @@ def start_tower(model: LlavaForConditionalGeneration, pixels: Pixels, rows: np.n
     config = model.config.vision_config
     width, patch = config.hidden_size, config.patch_size
     chosen = np.random.default_rng([seed, 4]).choice(rows, min(len(rows), 2000), replace=False)
-    x = pixels.normalised(pixels.batch(chosen, np.zeros(len(chosen), np.int64)))
+    x = pixels.normalised(torch.cat([pixels.batch(group)[:, :1] for group in pixels.by_length(chosen)]))
     patches = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n, 3 · patch²]
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     k = min(width, len(values))

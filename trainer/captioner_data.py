@@ -59,12 +59,9 @@ class Pixels:
         for count in np.unique(self.counts[rows]):
             yield rows[self.counts[rows] == count]
 
-    def batch(self, rows: np.ndarray, frame: np.ndarray | None = None) -> Tensor:
-        """FP32 [B, n, 3, H, W] in [0, 1]: all n frames of rows of equal length, or one `frame` [B] of each."""
-        if frame is None:
-            index = self.starts[rows][:, None] + np.arange(self.counts[rows[0]])
-        else:
-            index = (self.starts[rows] + frame)[:, None]
+    def batch(self, rows: np.ndarray) -> Tensor:
+        """FP32 [B, n, 3, H, W] in [0, 1]: the n frames of rows of equal length."""
+        index = self.starts[rows][:, None] + np.arange(self.counts[rows[0]])
         return torch.from_numpy(self.frames[index]).permute(0, 1, 4, 2, 3).float() / 255
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ class Augmentation:
     """
 
     shift: int = 2  # pixels
-    colour_mix: float = 0.6
+    colour_mix: float = 0.4
 
     def __call__(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """x FP32 [B, n, 3, H, W] → the same shape, and bool [B]: are the colours still true?"""

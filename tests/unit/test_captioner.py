@@ -1,0 +1,160 @@
+"""Training the captioner: resume, layout, a checkpoint from elsewhere; small sizes, real code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from sightline.errors import ConfigError, DataError
+from sightline.prompt import CaptionPrompt
+from sightline.schema import read_items, write_dataset
+from tests.factories import tiny_captioner
+from trainer.captioner import CaptionerConfig, train_captioner
+from trainer.captioner_data import IGNORE, Augmentation, Targets
+from trainer.captioner_model import EOS, train_tokenizer
+from trainer.captioning import caption_items, caption_quality, read_captions, version_of, write_captions
+
+SMALL = {"tower_steps": 6, "steps": 6, "batch": 8, "eval_every": 3, "checkpoint_seconds": 0.0}
+
+
+@pytest.fixture(scope="module")
+def trained(catalogue, tmp_path_factory):
+    out = tmp_path_factory.mktemp("captioner")
+    return out, train_captioner(catalogue, out, CaptionerConfig(**SMALL))
+
+
+def test_record_and_layout(trained):
+    out, record = trained
+    assert record["history"]["caption"][-1]["train_loss"] == record["final_loss"]
+    assert record["history"]["tower"][-1]["valid_loss"] < record["history"]["tower"][0]["valid_loss"]
+    assert json.loads((out / "sightline.json").read_text())["version"] == record["version"] == version_of(out)
+    model = LlavaForConditionalGeneration.from_pretrained(out)
+    assert model.config.text_config.num_key_value_heads == model.config.text_config.num_attention_heads
+    prompt = CaptionPrompt.from_pretrained(out)
+    auto = AutoTokenizer.from_pretrained(out)
+    assert auto("<image> item:")["input_ids"] == prompt.token_ids(1).tolist()
+    assert prompt.ids(3).tolist()[1:4] == [prompt.vocab_size + i for i in range(3)]
+
+
+def test_killed_run_continues_to_the_same_loss(catalogue, trained, tmp_path):
+    out, record = tmp_path / "killed", trained[1]
+    code = (
+        "import sys; from pathlib import Path; from trainer.captioner import *;"
+        f"train_captioner(Path(sys.argv[1]), Path(sys.argv[2]), CaptionerConfig(**{SMALL!r}))"
+    )
+    for _ in range(2):  # killed once in each phase or close to it; then left alone
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(catalogue), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
+        while process.poll() is None:
+            if (out / "checkpoint.pt").exists() and (out / "checkpoint.pt").stat().st_mtime_ns > before:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.wait()
+    again = train_captioner(catalogue, out, CaptionerConfig(**SMALL))
+    assert again["final_loss"] == pytest.approx(record["final_loss"], rel=1e-6)
+    assert again["version"] == record["version"]
+
+
+def test_finished_run_is_not_repeated_and_other_settings_are_refused(catalogue, trained):
+    out, record = trained
+    assert train_captioner(catalogue, out, CaptionerConfig(**SMALL)) == record
+    with pytest.raises(ConfigError, match="other settings"):
+        train_captioner(catalogue, out, CaptionerConfig(**SMALL | {"steps": 7}))
+
+
+def test_other_checkpoint_goes_through_the_same_path(catalogue, tmp_path):
+    start = tiny_captioner(tmp_path / "start")
+    (start / "sightline.json").unlink()  # as a LLaVA folder from elsewhere
+    config = CaptionerConfig(**SMALL, start=start, lr=1e-4)
+    record = train_captioner(catalogue, tmp_path / "out", config)
+    assert "tower" not in record["history"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    captions = caption_items(tmp_path / "out", catalogue, [1, 2, 3])
+    assert set(captions) == {1, 2, 3}
+
+
+def test_batch_of_captions_equals_single_ones(catalogue, trained):
+    out = trained[0]
+    ids = read_items(catalogue)["item_id"].to_pylist()[:12]
+    together = caption_items(out, catalogue, ids)
+    assert together == {i: c for one in ids for i, c in caption_items(out, catalogue, [one]).items()}
+
+
+def test_captions_keep_their_captioner(trained, catalogue, tmp_path):
+    write_captions(tmp_path / "c.parquet", {3: "a, b", 1: ""}, "v1")
+    assert read_captions(tmp_path / "c.parquet") == ({3: "a, b", 1: ""}, "v1")
+    with pytest.raises(DataError, match="sightline caption"):
+        read_captions(tmp_path / "none.parquet")
+    items = read_items(catalogue)
+    text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+    perfect = caption_quality(catalogue, text, seed=0)
+    assert perfect["items"]["attribute_f1"] == perfect["combinations"]["exact_match"] == 1
+    wrong = caption_quality(catalogue, dict.fromkeys(text, "mug, red, small, single, on wood"), seed=0)
+    assert wrong["items"]["attribute_f1"] < 0.6
+
+
+def test_items_without_media_or_text_do_not_break_training(catalogue, tmp_path):
+    import pyarrow as pa
+
+    items = read_items(catalogue).slice(0, 60)
+    rows = items.to_pylist()
+    rows[0] |= {"media": None, "media_type": None}
+    rows[1] |= {"media": b"not an image", "media_type": "image"}
+    rows[2] |= {"text": None}
+    from sightline.schema import INTERACTIONS, ITEMS
+
+    write_dataset(tmp_path / "d", pa.Table.from_pylist(rows, ITEMS), INTERACTIONS.empty_table(), {"name": "odd"})
+    record = train_captioner(tmp_path / "d", tmp_path / "out", CaptionerConfig(**SMALL))
+    assert record["items"]["train"] > 0
+    captions = caption_items(tmp_path / "out", tmp_path / "d")
+    assert set(captions) == {row["item_id"] for row in rows[2:]}
+
+
+def test_nothing_to_train_on_is_said(catalogue, tmp_path):
+    import pyarrow as pa
+
+    from sightline.schema import INTERACTIONS, ITEMS
+
+    rows = [row | {"text": None} for row in read_items(catalogue).slice(0, 20).to_pylist()]
+    write_dataset(tmp_path / "d", pa.Table.from_pylist(rows, ITEMS), INTERACTIONS.empty_table(), {"name": "mute"})
+    with pytest.raises(DataError, match="found none"):
+        train_captioner(tmp_path / "d", tmp_path / "out", CaptionerConfig(**SMALL))
+
+
+def test_changed_colours_are_no_targets():
+    captions = ["mug, striped red, small", "shoe, blue, large"] * 5
+    tokenizer = train_tokenizer(captions)
+    targets = Targets(captions, tokenizer, EOS)
+    rows = np.array([0, 1])
+    labels = targets.labels(rows, torch.tensor([True, False]))
+    kept = [tokenizer.decode(row[row != IGNORE].tolist(), skip_special_tokens=True) for row in labels]
+    assert kept == ["mug, striped red, small", "shoe,, large"]
+    x = torch.rand(64, 1, 3, 8, 8)
+    changed, true_colours = Augmentation(shift=0, colour_mix=0.5)(x, np.random.default_rng(0))
+    assert 10 < int(true_colours.sum()) < 54
+    assert torch.equal(changed[true_colours], x[true_colours])
+    assert not torch.isclose(changed[~true_colours], x[~true_colours]).all((1, 2, 3, 4)).any()
+
+
+@pytest.mark.parametrize("bad", [{"size": "huge"}, {"steps": 0}, {"valid_share": 0.9}, {"tower_steps": -1}])
+def test_bad_configuration(bad):
+    with pytest.raises(ConfigError, match="expected"):
+        CaptionerConfig(**bad)
+
+
+def test_tokenizer_gives_back_any_text():
+    tokenizer = train_tokenizer(["mug, striped red, small"])
+    for text in ("mug, red", "Ünïcode ☃ 12", "new words, too"):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True) == text
