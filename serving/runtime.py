@@ -69,6 +69,9 @@ class Runtime:
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_entries("LD_LIBRARY_PATH")]),
             # A stub takes its packages from the first python3 on the path.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_entries("PATH")]),
+            # Torch's threads spin while they wait for each other. On cores that anything else uses, too, a token
+            # then takes tens of milliseconds in place of one or two.
+            "OMP_WAIT_POLICY": "passive",
         }
 
 
