@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 import struct
+import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +74,25 @@ def held_out_requests(data: Path, context: list[str], images: int, videos: int) 
     return requests
 
 
-def walk_stages(client: Any, release: Path, requests: list[Request]) -> dict[str, list[Tensors]]:
-    """Model → the inputs that it gets when the ensemble ranks `requests`. Every model answers each once."""
+def walk_stages(
+    client: Any, release: Path, requests: list[Request]
+) -> tuple[dict[str, list[Tensors]], dict[str, float]]:
+    """Send every request through the ensemble and then through its models, one by one.
+
+    Returns:
+        The inputs that each model got, and the requests per second that it answered (median).
+    """
     folder = release / "model_repository" / "caption" / "1"
     spec, prompt = MediaSpec.from_pretrained(folder), CaptionPrompt.from_pretrained(folder)
-    inputs: dict[str, list[Tensors]] = {}
+    inputs: dict[str, list[Tensors]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
 
     def step(model: str, tensors: Tensors) -> Tensors:
-        inputs.setdefault(model, []).append(tensors)
-        return infer(client, model, tensors)
+        inputs[model].append(tensors)
+        start = time.perf_counter()
+        answer = infer(client, model, tensors)
+        seconds[model].append(time.perf_counter() - start)
+        return answer
 
     for request in requests:
         media = {"MEDIA": np.array([request.media], dtype=object)}
@@ -101,7 +114,7 @@ def walk_stages(client: Any, release: Path, requests: list[Request]) -> dict[str
         dense = {"DENSE": found.pop("DENSE")}
         features = step("embed", found | tokens | {"CONTEXT": request.context})
         step("score", features | dense)
-    return inputs
+    return inputs, {model: 1 / statistics.median(times) for model, times in seconds.items()}
 
 
 def infer(client: Any, model: str, tensors: Tensors) -> Tensors:

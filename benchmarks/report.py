@@ -82,6 +82,7 @@ def markdown(document: dict[str, Any]) -> str:
                 f"| {name}{mark(document, name)} | {point['concurrency']} | {point['per_s']:,.1f} "
                 f"| {spread(point)} | {point['p50_ms']:.2f} "
                 f"| {point['p95_ms']:.2f} | {point['p99_ms']:.2f} | {point['requests']} |")
+    lines += ["", "With fewer than 100 requests in a run, p99 is their slowest."]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     lines += ["", "## Made with", "",
               f"Commit {document['commit']}, `{document['command']}`, {document['at']}; load average before: "

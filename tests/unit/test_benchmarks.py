@@ -87,7 +87,7 @@ def test_nothing_to_caption_is_an_error(data: Path) -> None:
     ({"concurrency": (1, 4, 2)}, "--concurrency"),
     ({"concurrency": ()}, "--concurrency"),
     ({"runs": 0}, "--runs: got 0, expected 1 or more"),
-    ({"window_requests": 1}, "--window-requests: got 1"),
+    ({"window_requests": 1}, "--window-requests: got 1, expected 5 or more"),
     ({"images": 0, "videos": 0}, "at least one item"),
 ])
 def test_impossible_options_name_the_flag(options: dict[str, Any], message: str) -> None:
