@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sightline", "onnxruntime", "torch", "transformers", "numpy", "tritonclient", "nvidia-pytriton")
+from sightline import __version__
+
+PACKAGES = ("onnxruntime", "torch", "transformers", "numpy", "tritonclient", "nvidia-pytriton")
 
 
 def describe() -> dict[str, Any]:
@@ -23,7 +25,8 @@ def describe() -> dict[str, Any]:
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "load_before": round(os.getloadavg()[0], 2),
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"sightline": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "commit": commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -61,12 +61,13 @@ def markdown(document: dict[str, Any]) -> str:
 
     lines += ["", "![Throughput against p99](report.png)", "",
               "## What Triton adds", "",
-              f"One unloaded `rank_media` request takes {overhead['client_p50_ms']:.2f} ms at the client "
-              "(p50). Its models, one after the other, take "
-              f"{overhead['path_ms']:.2f} ms by the server's own statistics (means), of which "
+              "All inputs once through `rank_media`, one at a time, nothing else going on: "
+              f"{overhead['client_ms']:.2f} ms at the client (means per request). Its models, one after the "
+              f"other, take {overhead['path_ms']:.2f} ms by the server's own statistics, of which "
               f"{overhead['queue_ms']:.2f} ms waiting in queues. The difference, "
-              f"**{overhead['overhead_ms']:.2f} ms**, is what the ensemble, gRPC and the client add; inside "
-              f"the server it is {overhead['server_overhead_ms']:.2f} ms.", "",
+              f"**{overhead['overhead_ms']:.2f} ms**, is what the ensemble, gRPC and the client add; gRPC "
+              f"and the client alone add {overhead['wire_ms']:.2f} ms. (A stage's time includes its cleaning up, "
+              "which overlaps the next stage: the sum can exceed the whole by a little.)", "",
               "| stage | ms per request |", "|---|--:|"]
     for name, note in (("caption", ""), ("vision_encoder", "inside caption"),
                        ("tensorrt_llm", "inside caption"), ("lookup", "beside caption"), ("tokenize", ""),

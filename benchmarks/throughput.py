@@ -26,7 +26,7 @@ import tritonclient.grpc as triton
 from benchmarks import perf_analyzer
 from benchmarks.ceiling import Machine, ceilings
 from benchmarks.environment import describe
-from benchmarks.inputs import held_out_requests, walk_stages, write_json
+from benchmarks.inputs import Tensors, held_out_requests, infer, walk_stages, write_json
 from benchmarks.perf_analyzer import Measurement
 from benchmarks.report import write_report
 from serving.triton import TritonServer
@@ -113,16 +113,13 @@ def measure(
                          f"{best[model].alone_ms:>8.2f} ms alone")
 
         points: dict[tuple[str, int], list[Measurement]] = {}
-        profiles = []
+        profiles = [_walk(client, rows["rank_media"]) for _ in range(options.runs)]
         for run, concurrency, model in itertools.product(range(options.runs), options.concurrency, MODELS):
-            before = _totals(client)
             point = perf_analyzer.measure(
                 model, url=server.url, inputs=folder / f"{model}.json", concurrency=concurrency,
                 window_requests=max(MIN_REQUESTS, min(options.window_requests, round(pace[model] * WINDOW_SECONDS))))
             pace[model] = point.per_second
             points.setdefault((model, concurrency), []).append(point)
-            if (model, concurrency) == ("rank_media", 1):
-                profiles.append(_profile(point, before, _totals(client)))
             progress(f"run {run + 1}/{options.runs}  {model:<15} concurrency {concurrency:<3} "
                      f"{point.per_second:>8,.1f} /s   p50 {point.p50:>8.2f} ms   p99 {point.p99:>8.2f} ms")
 
@@ -173,33 +170,40 @@ def _median(points: list[Measurement]) -> dict[str, float]:
     }
 
 
-def _totals(client: Any) -> dict[str, tuple[int, int, int]]:
-    """Per model since the server's start: answered requests, nanoseconds in all, nanoseconds in queues."""
-    def part(model: dict[str, Any], name: str, unit: str) -> int:
-        return int(model.get("inference_stats", {}).get(name, {}).get(unit, 0))
+Totals = dict[str, tuple[int, int]]
+"""Per model since the server's start: nanoseconds in all, nanoseconds in queues."""
+
+
+def _walk(client: Any, rows: list[Tensors]) -> dict[str, float]:
+    """Send `rows` through `rank_media` one after the other, with nothing else going on; where did the time go?
+
+    perf_analyzer leaves requests half-way when it ends, so the server's statistics would not match its own.
+    """
+    before, start = _totals(client), time.perf_counter()
+    for row in rows:
+        infer(client, "rank_media", row)
+    return _profile((time.perf_counter() - start) * 1e3, len(rows), before, _totals(client))
+
+
+def _totals(client: Any) -> Totals:
+    def part(model: dict[str, Any], name: str) -> int:
+        return int(model.get("inference_stats", {}).get(name, {}).get("ns", 0))
 
     models = client.get_inference_statistics(as_json=True)["model_stats"]
-    return {m["name"]: (part(m, "success", "count"), part(m, "success", "ns"), part(m, "queue", "ns"))
-            for m in models}
+    return {model["name"]: (part(model, "success"), part(model, "queue")) for model in models}
 
 
-def _profile(
-    point: Measurement, before: dict[str, tuple[int, int, int]], after: dict[str, tuple[int, int, int]]
-) -> dict[str, float]:
-    """Where one unloaded `rank_media` request spends its time: server means per request, in milliseconds."""
-    delta = {model: [a - b for a, b in zip(after[model], before[model], strict=True)] for model in after}
-    # perf_analyzer leaves its last request half-way, so each stage is divided by its own count; caption asks
-    # vision_encoder once per frame and belongs to one request all the same.
-    count = {model: delta[model][0] for model in MODELS}
-    count |= dict.fromkeys(("vision_encoder", "tensorrt_llm"), count["caption"])
-    total = {model: delta[model][1] / count[model] / 1e6 for model in MODELS}
+def _profile(client_ms: float, requests: int, before: Totals, after: Totals) -> dict[str, float]:
+    """Means in milliseconds per request, from `client_ms` for all requests and the server's statistics."""
+    total, queued = ({model: (after[model][part] - before[model][part]) / requests / 1e6 for model in MODELS}
+                     for part in (0, 1))
     path = sum(total[model] for model in PATH)
     return {
-        "client_p50_ms": point.p50,
+        "client_ms": client_ms / requests,
         "path_ms": path,
-        "overhead_ms": point.p50 - path,
-        "server_overhead_ms": total["rank_media"] - path,
-        "queue_ms": sum(delta[model][2] / count[model] for model in PATH) / 1e6,
+        "overhead_ms": client_ms / requests - path,
+        "wire_ms": client_ms / requests - total["rank_media"],
+        "queue_ms": sum(queued[model] for model in PATH),
         **{f"{model}_ms": total[model] for model in MODELS},
     }
 

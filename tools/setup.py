@@ -13,6 +13,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def explain_pip(output: str) -> str:
     if any(sign in output for sign in signs):
         return ("the package index cannot be reached. Connect, or set PIP_INDEX_URL or PIP_FIND_LINKS to "
                 "a mirror, and run it again; it continues.")
-    errors = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines()
-    return "pip failed: " + (errors[-1] if errors else "no output; run it again")
+    errors = [line.strip() for line in output.splitlines() if re.match(r"\s*(ERROR|\w+Error): ", line)]
+    return f"pip failed: {errors[-1] if errors else last_line(output)}"
 
 
 def last_line(output: str) -> str:

@@ -65,9 +65,8 @@ def test_stages_explain_the_unloaded_request(document: dict[str, Any]) -> None:
     assert parts["caption_ms"] > parts["tensorrt_llm_ms"] > 0
     assert parts["path_ms"] == pytest.approx(
         sum(parts[f"{stage}_ms"] for stage in ("caption", "tokenize", "embed", "score")), abs=0.01)
-    # Means over nearly the same requests: the last one may be in a stage's and not in the ensemble's.
-    assert parts["rank_media_ms"] > 0.8 * parts["path_ms"], "an ensemble cannot be faster than its path"
-    assert parts["overhead_ms"] == pytest.approx(parts["client_p50_ms"] - parts["path_ms"], abs=0.01)
+    assert parts["client_ms"] > parts["rank_media_ms"] > parts["caption_ms"], "from outside in"
+    assert parts["overhead_ms"] == pytest.approx(parts["client_ms"] - parts["path_ms"], abs=0.01)
 
 
 def test_report_files(document: dict[str, Any], server: TritonServer) -> None:

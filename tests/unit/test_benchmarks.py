@@ -103,16 +103,15 @@ def test_a_figure_is_the_median_of_its_runs() -> None:
 
 
 def test_overhead_is_what_the_path_does_not_explain() -> None:
-    before = dict.fromkeys(MODELS, (5, 10_000_000, 0))
     spent = {"rank_media": 10.0, "caption": 7.0, "vision_encoder": 2.0, "tensorrt_llm": 4.0,
              "tokenize": 0.5, "lookup": 0.4, "embed": 0.6, "score": 0.3}  # ms per request, two requests
-    calls = {model: 4 if model == "vision_encoder" else 2 for model in MODELS}  # two frames
-    after = {model: (5 + calls[model], 10_000_000 + int(2e6 * ms), int(2e5)) for model, ms in spent.items()}
-    seen = Measurement(concurrency=1, requests=2, per_second=90, p50=11.0, p95=12, p99=13)
-    profile = _profile(seen, before, after)
+    before = dict.fromkeys(MODELS, (10_000_000, 5_000))
+    after = {model: (10_000_000 + int(2e6 * ms), 5_000 + int(2e5)) for model, ms in spent.items()}
+    profile = _profile(22.0, 2, before, after)
+    assert profile["client_ms"] == pytest.approx(11.0)
     assert profile["path_ms"] == pytest.approx(7.0 + 0.5 + 0.6 + 0.3)
     assert profile["overhead_ms"] == pytest.approx(11.0 - 8.4)
-    assert profile["server_overhead_ms"] == pytest.approx(10.0 - 8.4)
+    assert profile["wire_ms"] == pytest.approx(11.0 - 10.0)
     assert profile["queue_ms"] == pytest.approx(0.4)
     assert profile["vision_encoder_ms"] == pytest.approx(2.0)
 
@@ -124,7 +123,7 @@ def document() -> dict[str, Any]:
     backends |= dict.fromkeys(("embed", "score", "vision_encoder"), "onnxruntime")
     sweep = [{"concurrency": c, "per_s": 10.0 * c, "per_s_low": 9.0 * c, "per_s_high": 11.0 * c,
               "p50_ms": 20.0, "p95_ms": 30.0, "p99_ms": 40.0 * c, "requests": 60} for c in (1, 2)]
-    parts = ("client_p50_ms", "path_ms", "overhead_ms", "server_overhead_ms", "queue_ms")
+    parts = ("client_ms", "path_ms", "overhead_ms", "wire_ms", "queue_ms")
     return {
         "at": "2026-01-01", "commit": "abc", "command": "sightline bench", "release": "cpu-0123",
         "hardware": {"cpu": "A CPU", "cores": 2, "load_before": 0.1, "gflops": 90.0, "gb_per_s": 12.0},

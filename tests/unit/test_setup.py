@@ -71,6 +71,8 @@ def test_disk_needed_shrinks_with_what_is_there() -> None:
     ("ERROR: Could not install packages: [Errno 28] No space left on device", "disk is full"),
     ("looking\nERROR: Could not find a version\nERROR: No matching distribution found for x==1\n",
      "pip failed: ERROR: No matching distribution found for x==1"),
+    ("  OSError: Readme file does not exist: README.md\n  [end of output]\n\nhint: See above for details.",
+     "pip failed: OSError: Readme file does not exist: README.md"),
     ("", "pip failed: no output"),
 ])
 def test_pip_failures_become_one_line(output: str, message: str) -> None:
