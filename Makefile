@@ -1,6 +1,8 @@
 # Every target makes what it needs; `make help` lists them. `PYTHON=/path/to/python3.11` picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait must not spin: on a busy machine a spinning pair is many times slower.
+export OMP_WAIT_POLICY ?= passive
 RELEASE := artifacts/releases/current
 
 .DEFAULT_GOAL := help

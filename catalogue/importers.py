@@ -60,6 +60,7 @@ def import_movielens(folder: Path, out: Path, *, positive_rating: float = 4.0) -
             "label": pc.greater_equal(rating, positive_rating).cast(pa.float32()),
         }
     )
+    interactions = _in_time_order(interactions)
     posters = [folder / "posters" / f"{movie}.jpg" for movie in ids.to_pylist()]
     media, rejected = _copy_media(ids.to_pylist(), _existing(posters), out)
     items = pa.table(
@@ -183,7 +184,15 @@ def _read_log(
     for name in context:
         columns[name] = log.convert(name, pa.int32())
         log.require(pc.greater_equal(columns[name], 0), name, "an index of at least 0")
-    return pa.table(columns), users
+    return _in_time_order(pa.table(columns)), users
+
+
+def _in_time_order(interactions: pa.Table) -> pa.Table:
+    """Sorted by time, with the hour of the day (UTC) as context where the log brought none of its own."""
+    ordered = interactions.sort_by("timestamp")
+    if not any(name.startswith(CONTEXT_PREFIX) for name in ordered.column_names):
+        ordered = ordered.append_column(CONTEXT_PREFIX + "hour", pc.hour(ordered["timestamp"]).cast(pa.int32()))
+    return ordered
 
 
 def _media_files(items: Source, root: Path) -> list[Path | None]:

@@ -28,6 +28,8 @@ PALETTE = {
     "red": (205, 35, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 150, 60),
     "blue": (40, 85, 205), "purple": (135, 50, 165), "black": (38, 38, 42), "white": (238, 238, 236),
 }  # fmt: skip
+# What a pattern is drawn with; white where nothing else is said. Black and white keep their distance.
+INK = {"yellow": (25, 25, 30), "white": (125, 130, 140), "black": (150, 150, 155)}
 GROUND = {
     "on grass": (126, 158, 96), "on wood": (164, 120, 78), "on sand": (216, 196, 150),
     "on snow": (222, 230, 238), "on brick": (158, 100, 88), "at night": (28, 34, 66),
@@ -110,7 +112,7 @@ SHAPES: dict[str, list[list[Point]]] = {
 def _surface(attributes: Attributes, rng: Rng, size: int) -> np.ndarray:
     """The object's material over the whole canvas. Returns uint8 [size, size, 3]."""
     base = np.clip(np.array(PALETTE[attributes.colour]) * rng.uniform(0.9, 1.1) + rng.normal(0, 6, 3), 0, 255)
-    second = np.array((25, 25, 30) if attributes.colour in ("white", "yellow") else (245, 245, 240))
+    second = np.array(INK.get(attributes.colour, (245, 245, 240)))
     y, x = np.mgrid[0:size, 0:size] / (size / SIZE)  # in output pixels
     period = rng.uniform(7, 8.5)
     u, v = (x + rng.uniform(0, period)) / period, (y + rng.uniform(0, period)) / period

@@ -99,6 +99,7 @@ def simulate_log(
             "item_id": pa.array(item[order] + 1, pa.int64()),
             "timestamp": pa.array(time[order], pa.timestamp("us", tz="UTC")),
             "label": pa.array(label[order].astype(np.float32)),
+            "context_hour": pa.array((time[order] % DAY // (DAY // 24)).astype(np.int32)),
             "context_position": pa.array(position[order].astype(np.int32)),
         }
     )

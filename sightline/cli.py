@@ -31,7 +31,7 @@ app.add_typer(release, name="release")
 @data.command("generate")
 def generate_data(
     out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/synthetic"),
-    items: Annotated[int, typer.Option(help="Images and videos.")] = 9000,
+    items: Annotated[int, typer.Option(help="Images and videos.")] = 8000,
     users: Annotated[int, typer.Option()] = 1200,
     sessions_per_user: Annotated[int, typer.Option(help="Slates of ten impressions each.")] = 32,
     video_share: Annotated[float, typer.Option()] = 0.2,
@@ -149,8 +149,8 @@ def train_captioner(
     start: Annotated[
         Path | None, typer.Option("--from", help="LLaVA checkpoint folder to go on from.")
     ] = None,
-    tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 900,
-    steps: Annotated[int, typer.Option(help="Steps on captions.")] = 500,
+    tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 800,
+    steps: Annotated[int, typer.Option(help="Steps on captions.")] = 420,
     batch: Annotated[int, typer.Option()] = 64,
     lr: Annotated[float, typer.Option(help="Of AdamW; about 2e-5 with --from.")] = 2e-3,
     seed: Annotated[int, typer.Option()] = 0,
@@ -192,7 +192,7 @@ def train_ranker(
     arm: Annotated[
         list[str] | None, typer.Option(help="ids, item_tokens, profile, tokens; the last one is kept.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Per arm.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Per arm.")] = 2,
     epochs: Annotated[int, typer.Option(help="At most.")] = 4,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
 ) -> None:

@@ -50,8 +50,8 @@ class CaptionerConfig:
 
     size: str = "tiny"
     start: Path | None = None  # `--from`: a LLaVA checkpoint folder to go on from
-    tower_steps: int = 900
-    steps: int = 500
+    tower_steps: int = 800
+    steps: int = 420
     batch: int = 64  # frames-weighted: a batch of n-frame videos has batch · 2 / (n + 1) items
     lr: float = 2e-3
     muon_lr: float = 0.02
@@ -230,7 +230,9 @@ class _Run:
             log.info("continuing %s at step %d of %d", name, step, steps)
         done = state["done"] if state else {}
         groups = list(self.pixels.by_length(self.train))
-        weight = np.sqrt([len(g) for g in groups])  # the rarer kind, mostly videos, somewhat oftener
+        # The decoder has to compare frames for words of motion, so it sees images and videos equally often;
+        # the tower sees the rarer kind, mostly videos, only somewhat oftener.
+        weight = np.ones(len(groups)) if name == "caption" else np.sqrt([len(g) for g in groups])
         saved, smooth, stale = time.monotonic(), None, 0
         module.train()
         progress = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=2)

@@ -19,9 +19,6 @@ from trainer.splits import Split
 
 TRAIN, VALID, TEST = 0, 1, 2
 BATCH_ROWS = 16384
-DAY = 86_400_000_000  # microseconds
-HOUR = DAY // 24
-TIME_CONTEXT = {"hour": 24, "weekday": 7}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +49,16 @@ class Columns:
     def of(cls, interactions: pa.Table, split: Split) -> Columns:
         """Vocabularies from the training rows alone; context cardinalities too, larger values are clipped."""
         train = interactions.filter(pc.less(interactions["timestamp"].cast(pa.int64()), split.test_from))
-        context = dict(TIME_CONTEXT)
-        for name in interactions.column_names:
-            if name.startswith(CONTEXT_PREFIX):
-                context[name.removeprefix(CONTEXT_PREFIX)] = int(pc.max(train[name]).as_py()) + 1
+        context = {
+            name.removeprefix(CONTEXT_PREFIX): int(pc.max(train[name]).as_py()) + 1
+            for name in interactions.column_names
+            if name.startswith(CONTEXT_PREFIX)
+        }
+        if not context:
+            raise DataError(
+                f"interactions.parquet: expected at least one {CONTEXT_PREFIX}<name> column, got "
+                f"{interactions.column_names}; add one, as {CONTEXT_PREFIX}hour, or use `sightline data import`"
+            )
         users, items = (
             Vocabulary(ids=np.sort(pc.unique(train[column]).to_numpy())) for column in ("user_id", "item_id")
         )
@@ -63,13 +66,8 @@ class Columns:
 
 
 def context_of(batch: pa.RecordBatch, columns: Columns) -> np.ndarray:
-    """int64 [rows, C]: hour of the day and weekday (UTC) of the event, then the logged context columns."""
-    time = batch["timestamp"].cast(pa.int64()).to_numpy()
-    derived = {"hour": time // HOUR % 24, "weekday": (time // DAY + 3) % 7}
-    values = [
-        derived[name] if name in derived else batch[CONTEXT_PREFIX + name].to_numpy()
-        for name in columns.context
-    ]
+    """int64 [rows, C]: the logged context columns, each clipped to what training saw."""
+    values = [batch[CONTEXT_PREFIX + name].to_numpy() for name in columns.context]
     return np.stack(
         [np.clip(v, 0, n - 1) for v, n in zip(values, columns.context.values(), strict=True)], 1
     ).astype(np.int64)

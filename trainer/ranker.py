@@ -47,7 +47,7 @@ class RankerConfig:
     """One comparison of arms; the first seed of the last arm becomes the ranker folder."""
 
     arms: tuple[str, ...] = ("ids", "tokens")
-    seeds: int = 3
+    seeds: int = 2
     families: tuple[Kind, ...] = ("word", "bigram")
     token_rows: int = 2048  # per hashed family
     token_length: int = 24

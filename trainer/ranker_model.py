@@ -126,7 +126,9 @@ class EmbedGraph(nn.Module):
         profile_tokens: Tensor, profile_weights: Tensor,
     ) -> Tensor:  # fmt: skip
         rows = [self.tables["user"][user_index[:, 0]], self.tables["item"][item_index[:, 0]]]
-        rows += [self.tables[f"context_{name}"][context[:, i]] for i, name in enumerate(self.shape.context)]
+        for i, (name, cardinality) in enumerate(self.shape.context.items()):
+            # As in training: a value beyond the table counts as the last one, and fails no one's request.
+            rows.append(self.tables[f"context_{name}"][context[:, i].clamp(0, cardinality - 1)])
         if self.shape.item_tokens:
             rows.append((self.tables["tokens"][item_tokens] * item_weights(item_tokens)[..., None]).sum(1))
         if self.shape.user_profile:

@@ -88,7 +88,7 @@ def test_vocabulary_gives_0_to_strangers():
 
 
 def test_stream_gives_every_row_once_and_parts_are_by_time(trained, catalogue):
-    out, record = trained
+    out, _ = trained
     table = (np.array([1]), np.ones((1, 2), dtype=np.int64))
     whole = pq.read_table(out / "examples.parquet")
     for part in (TRAIN, VALID, TEST):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -61,7 +62,8 @@ def test_media_are_real_and_the_set_is_valid(catalogue):
     video = next(item for item in items if item["media_type"] == "video")
     with av.open(io.BytesIO(video["media"])) as container:
         assert len(list(container.decode(video=0))) == FRAMES
-    assert ("motion" in dict(caption_slots(video["text"]))) and ("motion" not in dict(caption_slots(image["text"])))
+    assert "motion" in dict(caption_slots(video["text"]))
+    assert "motion" not in dict(caption_slots(image["text"]))
 
 
 def test_moving_left_moves_left():
@@ -77,7 +79,7 @@ def test_moving_left_moves_left():
     for frame in frames:
         red = frame[..., 0] - frame[..., 2] > 80
         centres.append(np.nonzero(red)[1].mean())
-    assert all(later < earlier for earlier, later in zip(centres, centres[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(centres))
 
 
 def test_held_out_combinations_only_after_the_cut(catalogue):
