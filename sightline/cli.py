@@ -172,14 +172,18 @@ def caption(
         "artifacts/captions.parquet"
     ),
     seed: Annotated[int, typer.Option(help="Of the captioner's training: tells held-out items.")] = 0,
+    baselines: Annotated[bool, typer.Option(help="Also measure captions that need no model.")] = False,
 ) -> None:
     """Caption all items of a data set; the last line is JSON with their quality on held-out items."""
-    from trainer.captioning import caption_items, caption_quality, version_of, write_captions
+    from trainer.captioning import caption_baselines, caption_items, caption_quality, version_of, write_captions
 
     version = version_of(captioner)
     captions = caption_items(captioner, data)
     write_captions(out, captions, version)
-    typer.echo(json.dumps(caption_quality(data, captions, seed)))
+    quality = caption_quality(data, captions, seed)
+    if baselines:
+        quality["baselines"] = caption_baselines(data, captioner, seed)
+    typer.echo(json.dumps(quality))
 
 
 @train.command("ranker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
@@ -124,7 +126,7 @@ def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str
 
     held = [(captions[item], text) for item, text, fit in rows if not fit and text and item in captions]
     cuts = {"items": held, "combinations": [pair for pair in held if unseen(pair[1])]}
-    quality = {}
+    quality: dict[str, dict[str, Any]] = {}
     for name, pairs in cuts.items():
         if pairs:
             ours, theirs = zip(*pairs, strict=True)
@@ -133,3 +135,37 @@ def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str
                 "recall": slot_recall(ours, theirs, slots),
             }
     return quality
+
+
+def caption_baselines(data: Path, captioner: Path, seed: int) -> dict[str, dict[str, float]]:
+    """What a captioner has to beat on held-out items: two captions that need no model.
+
+    Returns:
+        Caption metrics of `most_frequent` (the commonest training caption for everything) and `nearest_pixels`
+        (the caption of the training item whose first frame, as the captioner sees it, is nearest in L2).
+    """
+    items, interactions, record = read_items(data), read_interactions(data), read_record(data)
+    split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
+    fitted = dict(
+        zip(
+            items["item_id"].to_pylist(),
+            training_items(items, interactions, record, split, seed).tolist(),
+            strict=True,
+        )
+    )
+    text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+    ids = [item for item in text if text[item]]
+    pixels = Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner))
+    first = pixels.frames[pixels.starts].reshape(len(pixels), -1).astype(np.float32)
+    known = np.array([fitted[item] for item in pixels.ids])
+    captions = [text[item] for item in pixels.ids]
+    reference = [caption for caption, fit in zip(captions, known, strict=True) if not fit]
+    train = [caption for caption, fit in zip(captions, known, strict=True) if fit]
+    nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(first[known])
+    at = nearest.kneighbors(first[~known], return_distance=False)[:, 0]
+    slots = GRAMMARS[record.get("grammar", "words")]
+    common = Counter(train).most_common(1)[0][0]
+    return {
+        "most_frequent": caption_metrics([common] * len(reference), reference, slots),
+        "nearest_pixels": caption_metrics([train[i] for i in at], reference, slots),
+    }
