@@ -58,7 +58,8 @@ def measure(model: str, *, url: str, inputs: Path, concurrency: int, window_requ
             capture_output=True, text=True, check=False)  # fmt: skip
         if result.returncode != 0 or not table.exists():
             words = " ".join((result.stderr or result.stdout).split())[-500:]
-            raise ServingError(f"{model}: perf_analyzer failed at concurrency {concurrency}: {words}")
+            raise ServingError(f"{model}: perf_analyzer failed at concurrency {concurrency} with code "
+                               f"{result.returncode}: {words}")
         return parse(table.read_text(), result.stdout)
 
 
