@@ -16,6 +16,9 @@ TOOL = Path(__file__).parents[1] / ".tools" / "perf_analyzer" / "perf_analyzer"
 # three seconds or more. Windows that differ are no reason to measure longer here: the runs are repeated.
 WINDOWS = ["--measurement-mode", "count_windows", "--max-trials", "3", "--stability-percentage", "999"]
 
+# perf_analyzer waits for ever for a server that hangs.
+LIMIT_SECONDS = 120
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -47,15 +50,21 @@ def measure(model: str, *, url: str, inputs: Path, concurrency: int, window_requ
     Two requests per slot warm up first and are not counted.
 
     Raises:
-        ServingError: perf_analyzer failed, or a request did; the message ends with its own words.
+        ServingError: perf_analyzer failed, or a request did (the message ends with its own words), or the
+            server does not answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "latency.csv"
-        result = subprocess.run(
-            [str(TOOL), "-m", model, "-u", url, "-i", "grpc", "--async", "--input-data", str(inputs),
-             "--concurrency-range", str(concurrency), "--warmup-request-count", str(2 * concurrency),
-             *WINDOWS, "--measurement-request-count", str(window_requests), "-f", str(table)],
-            capture_output=True, text=True, check=False)  # fmt: skip
+        command = [
+            str(TOOL), "-m", model, "-u", url, "-i", "grpc", "--async", "--input-data", str(inputs),
+            "--concurrency-range", str(concurrency), "--warmup-request-count", str(2 * concurrency),
+            *WINDOWS, "--measurement-request-count", str(window_requests), "-f", str(table),
+        ]  # fmt: skip
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ServingError(f"{model}: no measurement at concurrency {concurrency} within {LIMIT_SECONDS} s; "
+                               "the server has stopped answering, see its log") from error
         if result.returncode != 0 or not table.exists():
             words = " ".join((result.stderr or result.stdout).split())[-500:]
             raise ServingError(f"{model}: perf_analyzer failed at concurrency {concurrency} with code "

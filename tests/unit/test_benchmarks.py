@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from benchmarks import report
+from benchmarks import perf_analyzer, report
 from benchmarks.inputs import held_out_requests, write_json
 from benchmarks.perf_analyzer import Measurement, parse
 from benchmarks.throughput import MODELS, BenchOptions, _median, _profile
@@ -35,6 +35,21 @@ def test_perf_analyzer_table_is_read_in_milliseconds() -> None:
 def test_perf_analyzer_without_a_count_is_an_error() -> None:
     with pytest.raises(ServingError, match="Request count"):
         parse(CSV, "nothing")
+
+
+@pytest.mark.parametrize(("script", "message"), [
+    ("echo 'failed to connect' >&2; exit 7", "m: .* at concurrency 2 with code 7: failed to connect"),
+    ("exec sleep 60", "m: no measurement at concurrency 2 within 0.2 s"),
+])
+def test_a_failed_or_endless_measurement_is_an_error(
+        script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "perf_analyzer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(perf_analyzer, "TOOL", tool)
+    monkeypatch.setattr(perf_analyzer, "LIMIT_SECONDS", 0.2)
+    with pytest.raises(ServingError, match=message):
+        perf_analyzer.measure("m", url="x", inputs=tmp_path / "in.json", concurrency=2, window_requests=5)
 
 
 def test_input_file_holds_the_wire_format(tmp_path: Path) -> None:
