@@ -29,7 +29,7 @@ PALETTE = {
     "blue": (40, 85, 205), "purple": (135, 50, 165), "black": (38, 38, 42), "white": (238, 238, 236),
 }  # fmt: skip
 # What a pattern is drawn with; white where nothing else is said. Black and white keep their distance.
-INK = {"yellow": (25, 25, 30), "white": (125, 130, 140), "black": (150, 150, 155)}
+INK = {"yellow": (25, 25, 30), "white": (70, 74, 84), "black": (190, 190, 195)}
 GROUND = {
     "on grass": (126, 158, 96), "on wood": (164, 120, 78), "on sand": (216, 196, 150),
     "on snow": (222, 230, 238), "on brick": (158, 100, 88), "at night": (28, 34, 66),

@@ -31,7 +31,7 @@ app.add_typer(release, name="release")
 @data.command("generate")
 def generate_data(
     out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("artifacts/data/synthetic"),
-    items: Annotated[int, typer.Option(help="Images and videos.")] = 8000,
+    items: Annotated[int, typer.Option(help="Images and videos.")] = 8500,
     users: Annotated[int, typer.Option()] = 1200,
     sessions_per_user: Annotated[int, typer.Option(help="Slates of ten impressions each.")] = 32,
     video_share: Annotated[float, typer.Option()] = 0.2,
@@ -149,8 +149,8 @@ def train_captioner(
     start: Annotated[
         Path | None, typer.Option("--from", help="LLaVA checkpoint folder to go on from.")
     ] = None,
-    tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 800,
-    steps: Annotated[int, typer.Option(help="Steps on captions.")] = 420,
+    tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 850,
+    steps: Annotated[int, typer.Option(help="Steps on captions.")] = 560,
     batch: Annotated[int, typer.Option()] = 64,
     lr: Annotated[float, typer.Option(help="Of AdamW; about 2e-5 with --from.")] = 2e-3,
     seed: Annotated[int, typer.Option()] = 0,
@@ -270,9 +270,9 @@ def serve(
     name: Annotated[str, typer.Option("--release", help="Release id.")] = "current",
     releases: Releases = RELEASES,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8501,
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8500,
+    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8502,
 ) -> None:
     """Serve a release through Triton until Ctrl-C."""
     from serving.serve import serve_until_stopped

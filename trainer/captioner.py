@@ -50,13 +50,13 @@ class CaptionerConfig:
 
     size: str = "tiny"
     start: Path | None = None  # `--from`: a LLaVA checkpoint folder to go on from
-    tower_steps: int = 800
-    steps: int = 420
+    tower_steps: int = 850
+    steps: int = 560
     batch: int = 64  # frames-weighted: a batch of n-frame videos has batch · 2 / (n + 1) items
     lr: float = 2e-3
     muon_lr: float = 0.02
     seed: int = 0
-    frames: int = 4
+    frames: int = 3
     valid_share: float = 0.04
     eval_every: int = 100
     patience: int = 5  # evaluations without a better validation loss
@@ -151,6 +151,8 @@ class _Run:
             start_tower(model, self.pixels, self.train, config.seed)
             tower = _TowerClassifier(model, len(self.targets.words), config.frames)
             history["tower"] = self._phase("tower", tower, config.tower_steps, self._tower_loss(tower))
+        # As in LLaVA, the tower is frozen once it can see; its backward pass would be a third of the time.
+        model.model.vision_tower.requires_grad_(config.start is not None)
         history["caption"] = self._phase("caption", model, config.steps, self._caption_loss)
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):

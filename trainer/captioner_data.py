@@ -79,7 +79,7 @@ class Augmentation:
     """
 
     shift: int = 2  # pixels
-    colour_mix: float = 0.4
+    colour_mix: float = 0.35
 
     def __call__(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """x FP32 [B, n, 3, H, W] → the same shape, and bool [B]: are the colours still true?"""

@@ -106,18 +106,34 @@ def lift_interval(
     A draw takes users with replacement, keeps all their rows, and scores both arms on the same users; arms
     are averaged over their seeds (`base[s]`, `other[s]`: scores [rows]).
     """
+    arms = [[_WeightedAuc(label, scores) for scores in arm] for arm in (base, other)]
     _, index = np.unique(user, return_inverse=True)
     users = int(index.max()) + 1
     rng = np.random.default_rng([seed, 6])
     lifts = []
     for _ in range(draws):
         weight = np.bincount(rng.integers(users, size=users), minlength=users)[index]
-        a, b = (
-            np.mean([roc_auc_score(label, s, sample_weight=weight) for s in arm]) for arm in (base, other)
-        )
+        a, b = (np.mean([auc(weight) for auc in arm]) for arm in arms)
         lifts.append(relative_lift(float(b), float(a)))
     low, high = np.percentile(lifts, [2.5, 97.5])
     return float(low), float(high)
+
+
+class _WeightedAuc:
+    """AUC of one set of scores under many sample weights: sorts once, where scikit-learn sorts every time."""
+
+    def __init__(self, label: np.ndarray, score: np.ndarray) -> None:
+        self._order = np.argsort(score, kind="stable")
+        ranked = score[self._order]
+        self._tie = np.concatenate([[0], np.cumsum(np.diff(ranked) > 0)])  # rows with equal scores share a number
+        self._positive = label[self._order] > 0
+
+    def __call__(self, weight: np.ndarray) -> float:
+        w = weight[self._order]
+        positive = np.bincount(self._tie, w * self._positive)
+        negative = np.bincount(self._tie, w * ~self._positive)
+        below = np.cumsum(negative) - negative / 2
+        return float((positive * below).sum() / (positive.sum() * negative.sum()))
 
 
 def summary(values: Sequence[Mapping[str, float]]) -> dict[str, float]:

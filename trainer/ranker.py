@@ -55,8 +55,8 @@ class RankerConfig:
     dim: int = 16
     epochs: int = 4
     batch: int = 1024
-    lr: float = 2e-3
-    table_lr: float = 0.05
+    lr: float = 4e-3
+    table_lr: float = 0.1
     id_dropout: float = 0.1
     patience: int = 1
     seed: int = 0

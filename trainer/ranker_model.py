@@ -67,11 +67,11 @@ def new_ranker(shape: RankerShape, seed: int) -> DLRM:
             )
             for name, rows, features in tables
         ],
-        is_weighted=True,  # ids weigh 1, an item's n tokens 1/n each, profile tokens their share
+        is_weighted=True,  # ids weigh 1, an item's n tokens 1/√n each, profile tokens their share
     )  # fmt: skip
     with torch.no_grad():
         for bag in collection.embedding_bags.values():
-            nn.init.normal_(bag.weight, std=0.1)
+            nn.init.normal_(bag.weight, std=0.3)
     return DLRM(
         embedding_bag_collection=collection,
         dense_in_features=shape.dense,
@@ -107,9 +107,13 @@ def jagged(shape: RankerShape, batch: dict[str, Tensor]) -> KeyedJaggedTensor:
 
 
 def item_weights(tokens: Tensor) -> Tensor:
-    """int64 [B, L] → FP32 [B, L]: 1/n for the n tokens that are there, 0 for padding."""
+    """int64 [B, L] → FP32 [B, L]: 1/√n for the n tokens that are there, 0 for padding.
+
+    √n keeps the pooled vector's size apart from the caption's length; with a mean its products with user
+    vectors start so small that training sat on a plateau for epochs (docs/log.md).
+    """
     there = (tokens > 0).float()
-    return there / there.sum(1, keepdim=True).clamp(min=1)
+    return there / there.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
 class EmbedGraph(nn.Module):

@@ -154,7 +154,7 @@ def test_export_refuses_a_graph_that_differs(trained, tmp_path, monkeypatch):
 
 
 def test_padding_weighs_nothing():
-    assert item_weights(torch.tensor([[4, 5, 0, 0], [0, 0, 0, 0]])).tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert item_weights(torch.tensor([[4, 5, 6, 7, 0], [0] * 5])).tolist() == [[0.5] * 4 + [0], [0] * 5]
 
 
 def test_arms_have_their_features():
@@ -170,6 +170,14 @@ def test_metrics_by_hand():
     assert found["gauc"] == 0.5  # 1 for the first user, 0 for the second
     assert found["calibration"] == pytest.approx(score.mean() / 0.5)
     assert metrics.ranking_metrics(label, np.full(4, 0.5), np.arange(4))["ne"] == pytest.approx(1)
+
+
+def test_weighted_auc_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    label, score = rng.uniform(size=500) < 0.3, rng.integers(0, 40, 500) / 40  # many ties
+    weight = rng.integers(0, 4, 500)
+    ours = metrics._WeightedAuc(label, score)(weight)
+    assert ours == pytest.approx(roc_auc_score(label, score, sample_weight=weight), abs=1e-12)
 
 
 def test_interval_covers_no_difference_and_finds_a_real_one():
