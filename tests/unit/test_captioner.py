@@ -21,7 +21,14 @@ from tests.factories import tiny_captioner
 from trainer.captioner import CaptionerConfig, train_captioner
 from trainer.captioner_data import IGNORE, Augmentation, Targets
 from trainer.captioner_model import EOS, train_tokenizer
-from trainer.captioning import caption_items, caption_quality, read_captions, version_of, write_captions
+from trainer.captioning import (
+    caption_baselines,
+    caption_items,
+    caption_quality,
+    read_captions,
+    version_of,
+    write_captions,
+)
 
 SMALL = {"tower_steps": 6, "steps": 6, "batch": 8, "eval_every": 3, "checkpoint_seconds": 0.0}
 
@@ -103,6 +110,13 @@ def test_captions_keep_their_captioner(trained, catalogue, tmp_path):
     assert perfect["items"]["attribute_f1"] == perfect["combinations"]["exact_match"] == 1
     wrong = caption_quality(catalogue, dict.fromkeys(text, "mug, red, small, single, on wood"), seed=0)
     assert wrong["items"]["attribute_f1"] < 0.6
+
+
+def test_baselines_need_no_model(catalogue, trained):
+    found = caption_baselines(catalogue, trained[0], seed=0)
+    assert set(found) == {"most_frequent", "nearest_pixels"}
+    # A near picture shares its setting and more; the commonest caption only what is common.
+    assert found["nearest_pixels"]["attribute_f1"] > found["most_frequent"]["attribute_f1"]
 
 
 def test_items_without_media_or_text_do_not_break_training(catalogue, tmp_path):
