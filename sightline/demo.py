@@ -67,7 +67,7 @@ def run_demo(data: Path | None, root: Path, *, seed: int = 0, small: bool = Fals
     with clock("data"):
         folder = _data(data, root, seed, small)
         console.print(f"{folder}: {json.loads((folder / 'dataset.json').read_text())['name']}")
-    run = root / "demo" / (folder.name + "-small" * small)
+    run = root / "demo" / (folder.name if data is None else folder.name + "-small" * small)
     captioner_config, ranker_config = _configs(seed, small)
     with clock("captioner"):
         captioner = train_captioner(folder, run / "captioner", captioner_config)

@@ -80,8 +80,9 @@ class CaptionPrompt:
         return ids
 
     def text(self, ids: NDArray[Any] | list[int]) -> str:
-        """Generated ids [T] → caption, without special tokens and outer spaces."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)).strip()
+        """Generated ids [T] → caption, without special tokens, control characters and outer spaces."""
+        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

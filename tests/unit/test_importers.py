@@ -94,7 +94,7 @@ def test_movielens(tmp_path: Path, user: str, movie: str) -> None:
 
 def test_movielens_positive_rating(tmp_path: Path) -> None:
     import_movielens(movielens(tmp_path / "ml"), tmp_path / "out", positive_rating=3.5)
-    assert read_interactions(tmp_path / "out")["label"].to_pylist() == [0, 1, 1, 1]
+    assert read_interactions(tmp_path / "out")["label"].to_pylist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,10 @@ def _log(folder, events):
               "created_at": START - timedelta(days=1), "text": None} for i in range(1, 10)]  # fmt: skip
     rows = [{"user_id": u, "item_id": i, "timestamp": START + timedelta(seconds=s), "label": float(y)}
             for u, i, s, y in events]  # fmt: skip
-    write_dataset(folder, pa.Table.from_pylist(items, ITEMS), pa.Table.from_pylist(rows, INTERACTIONS), {"name": "x"})
-    return pa.Table.from_pylist(rows, INTERACTIONS)
+    log = pa.Table.from_pylist(rows, INTERACTIONS)
+    log = log.append_column("context_hour", pa.array([0] * len(rows), pa.int32()))
+    write_dataset(folder, pa.Table.from_pylist(items, ITEMS), log, {"name": "x"})
+    return log
 
 
 def test_profiles_never_see_the_present_or_the_future(tmp_path):
@@ -69,6 +71,12 @@ def test_planted_future_label_cannot_be_read(tmp_path):
         write_examples(folder, folder / "e.parquet", Columns.of(log, split), split, tokens, profiles)
         features.append(pq.read_table(folder / "e.parquet").drop_columns(["label"]))
     assert features[0].equals(features[1])
+
+
+def test_a_log_without_context_is_refused(tmp_path):
+    log = _log(tmp_path, [(1, 1, 0, 1)]).drop_columns(["context_hour"])
+    with pytest.raises(DataError, match="context_<name>"):
+        Columns.of(log, Split(valid_from=int(2e18), test_from=int(3e18)))
 
 
 def test_rows_out_of_time_order_are_refused(tmp_path):

@@ -55,7 +55,7 @@ def test_same_seed_same_bytes(catalogue, tmp_path):
 
 
 def test_media_are_real_and_the_set_is_valid(catalogue):
-    assert validate(catalogue)["items"]["video"] > 0
+    assert validate(catalogue)["videos"] > 0
     items = read_items(catalogue).to_pylist()
     image = next(item for item in items if item["media_type"] == "image")
     assert Image.open(io.BytesIO(image["media"])).size == (SIZE, SIZE)

@@ -69,15 +69,15 @@ def test_batch_equals_single(spec):
 
 
 def test_hashes_are_multiply_mod():
-    family = Family(kind="bigram", rows=10, hashes=((1, 0), (PRIME - 1, 5)))
+    family = Family(kind="bigram", rows=1000, hashes=((1, 0), (PRIME - 1, 5)))
     spec = TokenSpec(length=4, families=(family,))
     first, second = spec.encode("a b")[:2]
     # a = 1, b = 0 leaves x mod p mod rows; a = p - 1 is -x mod p.
     import hashlib
 
     x = int.from_bytes(hashlib.blake2b(b"a b", digest_size=8).digest(), "little")
-    assert first == 1 + x % PRIME % 10
-    assert second == 1 + (5 - x) % PRIME % 10
+    assert first == 1 + x % PRIME % 1000
+    assert second == 1 + (5 - x) % PRIME % 1000
 
 
 def test_version_names_the_content(spec, tmp_path):
