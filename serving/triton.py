@@ -112,7 +112,9 @@ class TritonServer:
 
     def wait(self) -> None:
         """Block until the server ends by itself, which it should not: raises ServingError then."""
-        code = self._process.wait()
+        # In steps: a signal that arrives just before a blocking wait would be noticed only after it.
+        while (code := self._process.poll()) is None:
+            time.sleep(0.2)
         raise ServingError(f"tritonserver ended with code {code}; its log is {self.log_path}")
 
     def statistics(self) -> dict[str, Any]:
