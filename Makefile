@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Threads that wait must not spin: on a busy machine a spinning pair is many times slower.
 export OMP_WAIT_POLICY ?= passive
 RELEASE := artifacts/releases/current
+# What `make build-engines` builds from: a folder with captioner/ and ranker/, by default the demo's.
+RUN ?= artifacts/demo/synthetic
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint build-engines serve bench clean
@@ -25,7 +27,7 @@ lint: setup     ## ruff on everything, strict typing on sightline/ and client/
 	@$(BIN)/mypy sightline client/sightline_client
 
 build-engines: setup  ## Turn the trained captioner and ranker into a release under artifacts/releases
-	@$(BIN)/sightline build
+	@$(BIN)/sightline build --captioner $(RUN)/captioner --ranker $(RUN)/ranker
 
 serve: setup $(RELEASE)  ## Serve the current release through Triton until Ctrl-C
 	@$(BIN)/sightline serve

@@ -87,8 +87,9 @@ def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str,
         ConfigError: `out` holds a run with another configuration.
         DataError: no training item has both media and text.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    read_record(data)  # says what is wrong with a folder that is no data set, before anything is made
     plan = json.loads(json.dumps({**asdict(config), "data": _identity(data)}, default=str))
+    out.mkdir(parents=True, exist_ok=True)
     if (out / "plan.json").exists() and json.loads((out / "plan.json").read_text()) != plan:
         raise ConfigError(f"{out} holds a run with other settings or data; choose another --out or remove it")
     (out / "plan.json").write_text(json.dumps(plan, indent=2))

@@ -136,6 +136,12 @@ def test_items_without_media_or_text_do_not_break_training(catalogue, tmp_path):
     assert set(captions) == {row["item_id"] for row in rows[2:]}
 
 
+def test_no_data_set_makes_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        train_captioner(tmp_path / "nope", tmp_path / "out", CaptionerConfig(**SMALL))
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_train_on_is_said(catalogue, tmp_path):
     import pyarrow as pa
 
