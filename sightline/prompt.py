@@ -6,10 +6,11 @@ prompt table (TensorRT-LLM's prompt-tuning convention), so a decoder never needs
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from sightline.errors import ConfigError
 
-__all__ = ["CaptionPrompt"]
+__all__ = ["CaptionPrompt", "captioner_version"]
 
 IMAGE = "<image>"
 # What LLaVA-1.5 was tuned with; folders trained here carry their own in sightline.json.
@@ -35,6 +36,9 @@ class CaptionPrompt:
     end_id: int
     pad_id: int
     max_new_tokens: int
+
+    MAX_NEW_TOKENS: ClassVar[int] = 64
+    """Where a folder does not say."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CaptionPrompt:
@@ -64,7 +68,7 @@ class CaptionPrompt:
             vocab_size=text.get("vocab_size", 32000),
             end_id=end,
             pad_id=_first(text.get("pad_token_id"), config.get("pad_token_id"), end),
-            max_new_tokens=own.get("max_new_tokens", 64),
+            max_new_tokens=own.get("max_new_tokens", cls.MAX_NEW_TOKENS),
         )
 
     def token_ids(self, image_tokens: int) -> NDArray[np.int32]:
@@ -98,3 +102,26 @@ def _first(*values: Any) -> int:
         if value is not None:
             return int(value)
     raise ConfigError("the checkpoint names no end-of-text or image token; expected eos_token_id and <image>")
+
+
+def captioner_version(folder: str | Path) -> str:
+    """Version of a captioner folder: its `sightline.json`'s, else 12 digits of the hash of weights and tokenizer.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    folder = Path(folder)
+    own = folder / "sightline.json"
+    if own.exists():
+        return str(_read_json(own)["version"])
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
+    if len(files) < 3 or not all(path.exists() for path in files):
+        raise ConfigError(
+            f"{folder}: expected a captioner: sightline.json of `sightline train captioner`, or a LLaVA checkpoint's "
+            "config.json, tokenizer.json and *.safetensors; train one or give another folder"
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]

@@ -41,6 +41,7 @@ from trainer.optim import Optimizer
 from trainer.splits import Split, micros, training_items
 
 log = logging.getLogger(__name__)
+CHECK_ITEMS = 32  # held-out items whose frames lie beside the weights: a build measures FP16 on them
 transformers_logging.disable_progress_bar()
 
 
@@ -133,6 +134,7 @@ class _Run:
         self.tokenizer = tokenizer
         self.prompt = CaptionPrompt.from_pretrained(out)
         self.image_tokens = image_tokens(self.model)
+        self.source = (data, items)
         self.pixels = Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(out))
         self.targets = Targets([text[i] for i in self.pixels.ids], tokenizer, self.prompt.end_id)
         order = np.random.default_rng([config.seed, 0]).permutation(len(self.pixels))
@@ -142,7 +144,11 @@ class _Run:
             raise DataError(
                 f"{data}: expected at least two training items with usable media, found {len(order)}"
             )
-        self.augment = Augmentation()
+        # Changed colours are right only where captions name colours, by words that can be left out of the targets;
+        # elsewhere (skin tones, moods of posters) the caption would become wrong.
+        named = self.targets.is_colour.any(1).float().mean()
+        self.check = [int(i) for i in items["item_id"].to_numpy()[~may]][:CHECK_ITEMS]
+        self.augment = Augmentation() if named > 0.5 else Augmentation(colour_mix=0.0)
 
     def fit(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -155,6 +161,8 @@ class _Run:
         # As in LLaVA, the tower is frozen once it can see; its backward pass would be a third of the time.
         model.model.vision_tower.requires_grad_(config.start is not None)
         history["caption"] = self._phase("caption", model, config.steps, self._caption_loss)
+        held_out = Pixels(MediaReader(*self.source), self.check, MediaSpec.from_pretrained(self.out))
+        np.savez_compressed(self.out / "check.npz", frames=held_out.frames)
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,14 +92,6 @@ def read_captions(path: Path) -> tuple[dict[int, str], str]:
     ), version.decode()
 
 
-def version_of(captioner: Path) -> str:
-    """The version of a captioner folder that was trained here."""
-    path = captioner / "sightline.json"
-    if not path.exists():
-        raise DataError(f"{captioner}: expected a captioner folder with sightline.json; train one first")
-    return str(json.loads(path.read_text())["version"])
-
-
 def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str, dict[str, Any]]:
     """Caption metrics on items that the captioner was not fitted on, and on unseen combinations among them.
 
@@ -110,13 +101,10 @@ def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str
     Returns:
         `items` and `combinations`, each with `trainer.metrics.caption_metrics` and the recall per slot.
     """
-    items, interactions, record = read_items(data), read_interactions(data), read_record(data)
-    split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
-    fitted = training_items(items, interactions, record, split, seed)
+    _, record, rows = _described(data, seed)
     slots: Callable[[str], Any] = GRAMMARS[record.get("grammar", "words")]
-    rows = list(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), fitted.tolist(), strict=True))
     unseen_pairs = {tuple(pair) for pair in record.get("held_out", [])}
-    seen = {frozenset(slots(text)) for _, text, fit in rows if fit and text}
+    seen = {frozenset(slots(text)) for _, text, fit in rows if fit}
 
     def unseen(text: str) -> bool:
         found = dict(slots(text))
@@ -124,7 +112,7 @@ def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str
             return (found.get("object"), found.get("colour")) in unseen_pairs
         return frozenset(slots(text)) not in seen
 
-    held = [(captions[item], text) for item, text, fit in rows if not fit and text and item in captions]
+    held = [(captions[item], text) for item, text, fit in rows if not fit and item in captions]
     cuts = {"items": held, "combinations": [pair for pair in held if unseen(pair[1])]}
     quality: dict[str, dict[str, Any]] = {}
     for name, pairs in cuts.items():
@@ -144,17 +132,10 @@ def caption_baselines(data: Path, captioner: Path, seed: int) -> dict[str, dict[
         Caption metrics of `most_frequent` (the commonest training caption for everything) and `nearest_pixels`
         (the caption of the training item whose first frame, as the captioner sees it, is nearest in L2).
     """
-    items, interactions, record = read_items(data), read_interactions(data), read_record(data)
-    split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
-    fitted = dict(
-        zip(
-            items["item_id"].to_pylist(),
-            training_items(items, interactions, record, split, seed).tolist(),
-            strict=True,
-        )
-    )
-    text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
-    ids = [item for item in text if text[item]]
+    items, record, rows = _described(data, seed)
+    text = {item: caption for item, caption, _ in rows}
+    fitted = {item: fit for item, _, fit in rows}
+    ids = list(text)
     pixels = Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner))
     first = pixels.frames[pixels.starts].reshape(len(pixels), -1).astype(np.float32)
     known = np.array([fitted[item] for item in pixels.ids])
@@ -169,3 +150,12 @@ def caption_baselines(data: Path, captioner: Path, seed: int) -> dict[str, dict[
         "most_frequent": caption_metrics([common] * len(reference), reference, slots),
         "nearest_pixels": caption_metrics([train[i] for i in at], reference, slots),
     }
+
+
+def _described(data: Path, seed: int) -> tuple[pa.Table, dict[str, Any], list[tuple[int, str, bool]]]:
+    """Items, record, and of every item with a text: id, text, whether the captioner was fitted on it."""
+    items, interactions, record = read_items(data), read_interactions(data), read_record(data)
+    split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
+    fitted = training_items(items, interactions, record, split, seed).tolist()
+    rows = zip(items["item_id"].to_pylist(), items["text"].to_pylist(), fitted, strict=True)
+    return items, record, [row for row in rows if row[1]]

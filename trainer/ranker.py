@@ -140,6 +140,7 @@ def train_ranker(
     lifts = {arm: test.lifts(scores[base], scores[arm]) for arm in config.arms[1:]}
 
     version = _write_folder(out, chosen, spec, columns, profiles, captioner_version)
+    write_check(out, next(test.batches()))
     report = {
         "version": version,
         "config": asdict(config),
@@ -285,6 +286,15 @@ def _predict(model: DLRM, shape: RankerShape, batches: Iterator[Batch]) -> np.nd
         inputs = tensors(batch)
         scores.append(torch.sigmoid(model(inputs["dense"], jagged(shape, inputs)).squeeze(1)).numpy())
     return np.concatenate(scores)
+
+
+def write_check(out: Path, batch: Batch) -> None:
+    """`check.npz`: held-out rows as the exported graphs take them, and `label`. A build measures on them what a
+    lower precision costs."""
+    inputs = {name.upper(): value.numpy() for name, value in tensors(batch).items()}
+    for name in ("USER_INDEX", "ITEM_INDEX"):
+        inputs[name] = inputs[name].reshape(-1, 1)
+    np.savez_compressed(out / "check.npz", label=batch.label, **inputs)
 
 
 def _write_folder(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from sightline.errors import ConfigError, DataError
-from sightline.prompt import CaptionPrompt
+from sightline.prompt import CaptionPrompt, captioner_version
 from sightline.schema import read_items, write_dataset
 from tests.factories import tiny_captioner
 from trainer.captioner import CaptionerConfig, train_captioner
@@ -26,7 +26,6 @@ from trainer.captioning import (
     caption_items,
     caption_quality,
     read_captions,
-    version_of,
     write_captions,
 )
 
@@ -43,7 +42,7 @@ def test_record_and_layout(trained):
     out, record = trained
     assert record["history"]["caption"][-1]["train_loss"] == record["final_loss"]
     assert record["history"]["tower"][-1]["valid_loss"] < record["history"]["tower"][0]["valid_loss"]
-    assert json.loads((out / "sightline.json").read_text())["version"] == record["version"] == version_of(out)
+    assert json.loads((out / "sightline.json").read_text())["version"] == record["version"] == captioner_version(out)
     model = LlavaForConditionalGeneration.from_pretrained(out)
     assert model.config.text_config.num_key_value_heads == model.config.text_config.num_attention_heads
     prompt = CaptionPrompt.from_pretrained(out)
