@@ -29,8 +29,8 @@ lint: setup     ## ruff on everything, strict typing on sightline/ and client/
 build-engines: setup  ## Turn the trained captioner and ranker into a release under artifacts/releases
 	@$(BIN)/sightline build --captioner $(RUN)/captioner --ranker $(RUN)/ranker
 
-serve: setup $(RELEASE)  ## Serve the current release through Triton until Ctrl-C
-	@$(BIN)/sightline serve
+serve: setup $(if $(filter gpu,$(TARGET)),,$(RELEASE))  ## Serve the current release through Triton; TARGET=gpu: in the container, PRINT=1 only shows how
+	@$(BIN)/sightline serve $(if $(TARGET),--target $(TARGET)) $(if $(PRINT),--print)
 
 bench: setup $(RELEASE)  ## Measure every model and the ensemble with perf_analyzer; report under artifacts/bench
 	@$(BIN)/sightline bench

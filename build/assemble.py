@@ -1,10 +1,10 @@
-"""Captioner + ranker → one published release."""
+"""Plan → steps → one published release."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,17 +12,17 @@ from typing import Any
 
 import onnxruntime
 import pyarrow.parquet as pq
-from transformers.utils import logging as transformers_logging
 
-from build.decoder import write_decoder
-from build.ranker_onnx import export_ranker
-from build.render import render
-from build.vision_onnx import export_vision
+from build.execute import execute
+from build.gpu_config import write_engine_config, write_onnx_configs
+from build.plan import ExportOptions, Plan, cpu_plan
+from build.render import read_config, render
 from sightline import __version__, release
 from sightline.errors import ReleaseError
 from sightline.media import MediaSpec
-from sightline.prompt import CaptionPrompt
-from sightline.release import Components, Limits, Manifest
+from sightline.node import TENSORRT, TENSORRT_LLM
+from sightline.prompt import CaptionPrompt, captioner_version
+from sightline.release import Components, Engine, Limits, Manifest
 from sightline.tokens import TokenSpec
 
 SOURCE = Path(__file__).parents[1] / "model_repository"
@@ -32,10 +32,13 @@ CAPTION_FILES = (
     "tokenizer.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "sightline.json",
 )
-STAND_INS = ["onnxruntime (python, CPU)", "tensorrtllm (python, CPU)"]
+# Models of each lane that another lane does not have.
+ENGINE_MODELS, LLMAPI_CAPTION = ("vision_encoder", "tensorrt_llm"), "caption_llmapi"
+STAND_INS = {"onnxruntime": "onnxruntime (python, CPU)", "tensorrtllm": "tensorrtllm (python, CPU)"}
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
+# Rows of one ranking request that TensorRT optimises `embed` and `score` for.
+RANKER_BATCH = 256
 
 
 def build_release(
@@ -43,68 +46,74 @@ def build_release(
     ranker_dir: str | Path,
     releases_dir: str | Path,
     *,
+    export: ExportOptions | None = None,
+    plan: Plan | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Export both parts, put them into a model repository, publish it; returns the release id.
+    """Run the plan, by default that of lane `cpu`, put its parts into a model repository, publish it.
 
-    An interrupted or refused build leaves nothing but what was published before.
+    Steps that ran before with the same inputs and versions are not run again. An interrupted or refused build leaves
+    what was published as it was.
+
+    Returns:
+        The release id.
 
     Raises:
         ReleaseError: the parts were not made for each other, or an export does not equal its eager model.
     """
     captioner_dir, ranker_dir, releases_dir = Path(captioner_dir), Path(ranker_dir), Path(releases_dir)
     components, ranker = _components(captioner_dir, ranker_dir)
+    plan = plan or cpu_plan(captioner_dir, ranker_dir, work_folder(releases_dir), export or ExportOptions())
+    parts = execute(plan, progress=progress)
     media, prompt = MediaSpec.from_pretrained(captioner_dir), CaptionPrompt.from_pretrained(captioner_dir)
-    transformers_logging.disable_progress_bar()
     with release.staging(releases_dir) as staged:
         models = staged / "model_repository"
-        shutil.copytree(SOURCE, models, ignore=shutil.ignore_patterns("__pycache__"))
+        llmapi = plan.lane == "llmapi"
+        shutil.copytree(SOURCE, models, ignore=_ignored(llmapi))
+        if llmapi:
+            (models / LLMAPI_CAPTION).rename(models / "caption")
         for model in models.iterdir():
             (model / "1").mkdir(exist_ok=True)  # Triton wants a version folder of an ensemble, too
-        progress("vision tower and projector → ONNX")
-        vision = export_vision(captioner_dir, models / "vision_encoder" / "1" / "model.onnx")
-        progress("language model → decoder of the CPU backend")
-        decoder = write_decoder(captioner_dir, models / "tensorrt_llm" / "1" / "decoder")
-        progress("ranker → ONNX")
-        _place_ranker(ranker_dir, models, staged)
         for name in CAPTION_FILES:
             if (captioner_dir / name).exists():
                 shutil.copy(captioner_dir / name, models / "caption" / "1" / name)
-
-        dims = _ranker_dims(models, ranker) | {
-            "pixel_values": [3, vision.height, vision.width],
-            "image_features": [vision.tokens, vision.hidden],
-            "prompt_embedding_table": [-1, decoder.hidden_size],
-        }
-        if (vision.height, vision.width) != media.size:
-            raise ReleaseError(
-                f"{captioner_dir}/preprocessor_config.json: frames of {media.size}, but the vision tower "
-                f"takes {(vision.height, vision.width)}"
-            )
-        longest = len(prompt.ids(media.frames * vision.tokens)) + prompt.max_new_tokens
-        if longest > decoder.max_position_embeddings:
-            raise ReleaseError(
-                f"{captioner_dir}/sightline.json: a video of {media.frames} frames, the prompt and the "
-                f"caption take {longest} positions, the language model has "
-                f"{decoder.max_position_embeddings}; lower video_frames or max_new_tokens"
-            )
+        frames = plan.options.images if plan.options else media.frames
+        own = {"version": components.captioner, "prompt": prompt.template, "video_frames": frames,
+               "max_new_tokens": plan.limits.get("new_tokens", prompt.max_new_tokens)}  # fmt: skip
+        (models / "caption" / "1" / "sightline.json").write_text(json.dumps(own, indent=2))
+        _place_ranker(parts["ranker"], models)
+        checks: dict[str, Any] = {"ranker": json.loads((parts["ranker"] / "checks.json").read_text())}
+        dims = _ranker_dims(models, ranker)
+        if llmapi:
+            _link(captioner_dir, models / "caption" / "1" / "checkpoint")
+        else:
+            vision = json.loads((parts["vision"] / "vision.json").read_text())
+            checks["vision_encoder"] = {key: vision[key] for key in ("error", "check")}
+            dims |= _place_captioner(plan, parts, vision, models, media, prompt, frames)
         configs = {path.parent.name: render(path, dims) for path in models.glob("*/config.pbtxt")}
-        encoder_batch = configs["vision_encoder"].max_batch_size
-        render(models / "caption" / "config.pbtxt", {}, {"vision_encoder_max_batch_size": str(encoder_batch)})
-        for path in staged.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as somebody else
+        batch = plan.limits.get("ensemble_batch", configs["rank_media"].max_batch_size)
+        batches = {"caption": batch, "rank_media": batch}
+        if plan.lane == "trtllm":
+            batches["vision_encoder"] = plan.options.vision_batch
+        for model, rows in batches.items():
+            configs[model] = render(models / model / "config.pbtxt", {}, max_batch_size=rows)
+        render(models / "caption" / "config.pbtxt", {}, _caption_parameters(plan, configs))
         ensemble = models / "rank_media" / "config.pbtxt"
         render(ensemble, {}, {"context": json.dumps(ranker["context"])})
-        identity = release.release_id("cpu", staged)
+        _write_gpu_configs(plan, models)
+        for path in staged.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as somebody else
+        backends = {config.backend for config in configs.values()}
+        identity = release.release_id(plan.lane, staged)
         render(ensemble, {}, {"release": identity})
         manifest = Manifest(
-            release=identity, created_at=datetime.now(UTC), lane="cpu",
-            stand_ins=STAND_INS, components=components,
+            release=identity, created_at=datetime.now(UTC), lane=plan.lane, components=components,
+            stand_ins=[name for backend, name in STAND_INS.items() if backend in backends],
             limits=Limits(
-                batch_size=configs["rank_media"].max_batch_size, media_bytes=media.max_bytes,
-                media_pixels=media.max_pixels, video_frames=media.frames,
-                caption_tokens=prompt.max_new_tokens,
+                batch_size=batch, media_bytes=media.max_bytes, media_pixels=media.max_pixels,
+                video_frames=frames, caption_tokens=own["max_new_tokens"],
             ),
+            engine=_engine(plan), checks=checks,
             built_with={"sightline": __version__} | {package: version(package) for package in PACKAGES},
             files=release.hash_files(staged),
         )  # fmt: skip
@@ -113,9 +122,47 @@ def build_release(
         return release.publish(staged, releases_dir)
 
 
+def work_folder(releases_dir: Path) -> Path:
+    """Where steps keep their outputs: beside the releases, so that large files can be linked and not copied."""
+    return releases_dir.parent / "build"
+
+
+def source_batch() -> int:
+    """Rows that every model around the decoder takes: the smallest `max_batch_size` of the model repository."""
+    others = (path for path in SOURCE.glob("*/config.pbtxt") if path.parent.name not in ENGINE_MODELS)
+    return min(read_config(path).max_batch_size for path in others)
+
+
+def _ignored(llmapi: bool) -> Callable[[Any, list[str]], set[str]]:
+    others = ("caption", *ENGINE_MODELS) if llmapi else (LLMAPI_CAPTION,)
+
+    def ignored(folder: Any, names: list[str]) -> set[str]:
+        top = Path(folder) == SOURCE
+        return {name for name in names if name == "__pycache__" or (top and name in others)}
+
+    return ignored
+
+
+def _link(source: Path, target: Path) -> None:
+    """Copy a folder, by hard links where the file system can: engines and decoders take gigabytes."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            Path(other).hardlink_to(one)
+        except OSError:
+            shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns("step.json"))
+
+
 def _components(captioner_dir: Path, ranker_dir: Path) -> tuple[Components, dict[str, Any]]:
     """Versions of the parts, and `ranker.json`; the ranker must have been trained with exactly these."""
-    captioner = _read_json(captioner_dir / "sightline.json").get("version")
+    if not (ranker_dir / "ranker.json").exists():
+        raise ReleaseError(
+            f"{ranker_dir}: expected the folder of a ranker with ranker.json; make one with `sightline train ranker`, "
+            "or give another --ranker"
+        )
+    captioner = captioner_version(captioner_dir)
     ranker = _read_json(ranker_dir / "ranker.json")
     spec = TokenSpec.load(ranker_dir / "token_spec.json")
     for what, got, expected in (
@@ -131,16 +178,101 @@ def _components(captioner_dir: Path, ranker_dir: Path) -> tuple[Components, dict
     return Components(captioner=captioner, token_spec=spec.version, ranker=ranker["version"]), ranker
 
 
-def _place_ranker(ranker_dir: Path, models: Path, staged: Path) -> None:
-    exports = staged / "exports"
-    exports.mkdir()
-    export_ranker(ranker_dir, exports)
+def _place_captioner(
+    plan: Plan, parts: Mapping[str, Path], vision: Mapping[str, Any], models: Path, media: MediaSpec,
+    prompt: CaptionPrompt, frames: int,
+) -> dict[str, Sequence[int]]:  # fmt: skip
+    """Vision tower, decoder of the CPU backend and, where there is one, engine. Returns their tensors' sizes."""
+    c = plan.checkpoint
+    _link(parts["vision"], models / "vision_encoder" / "1" / "vision")
+    for path in (models / "vision_encoder" / "1" / "vision").glob("model.onnx*"):
+        path.rename(path.parents[1] / path.name)
+    shutil.rmtree(models / "vision_encoder" / "1" / "vision")
+    _link(parts["decoder"], models / "tensorrt_llm" / "1" / "decoder")
+    if (vision["height"], vision["width"]) != media.size:
+        raise ReleaseError(
+            f"{c.folder}/preprocessor_config.json: frames of {media.size}, but the vision tower "
+            f"takes {(vision['height'], vision['width'])}"
+        )
+    longest = len(prompt.ids(frames * vision["tokens"])) + prompt.max_new_tokens
+    if longest > c.positions:
+        raise ReleaseError(
+            f"{c.folder}/sightline.json: a video of {frames} frames, the prompt and the "
+            f"caption take {longest} positions, the language model has "
+            f"{c.positions}; lower video_frames or max_new_tokens"
+        )
+    if "engine" in parts:
+        check_built_engine(parts["engine"], plan)
+        _link(parts["engine"], models / "tensorrt_llm" / "1" / "engine")
+    return {
+        "pixel_values": [3, vision["height"], vision["width"]],
+        "image_features": [vision["tokens"], vision["hidden"]],
+        "prompt_embedding_table": [-1, c.hidden],
+    }
+
+
+def check_built_engine(folder: Path, plan: Plan) -> None:
+    """Hold what trtllm-build wrote to the plan.
+
+    Raises:
+        ReleaseError: another version, a missing rank, or other limits than planned.
+    """
+    assert plan.options is not None
+    config = _read_json(folder / "config.json")
+    if config.get("version") != TENSORRT_LLM:
+        raise ReleaseError(
+            f"{folder}/config.json: built by TensorRT-LLM {config.get('version')}, expected {TENSORRT_LLM}"
+        )
+    ranks = [f"rank{rank}.engine" for rank in range(plan.options.gpus)]
+    missing = [name for name in ranks if not (folder / name).exists()]
+    if missing:
+        raise ReleaseError(f"{folder}: trtllm-build left no {', '.join(missing)}; its log is {folder}.log")
+    built = config.get("build_config", {})
+    planned = {**plan.limits, "max_batch_size": plan.options.batch}
+    for name in ("max_batch_size", "max_input_len", "max_seq_len"):
+        wanted = planned[name]
+        if built.get(name) != wanted:
+            raise ReleaseError(f"{folder}/config.json: {name} is {built.get(name)}, the plan has {wanted}")
+
+
+def _caption_parameters(plan: Plan, configs: Mapping[str, Any]) -> dict[str, str]:
+    if plan.lane != "llmapi":
+        return {"vision_encoder_max_batch_size": str(configs["vision_encoder"].max_batch_size)}
+    assert plan.options is not None
+    return {
+        "tensor_parallel_size": str(plan.options.gpus), "dtype": plan.options.dtype,
+        "kv_cache_dtype": plan.options.kv_dtype,
+    }  # fmt: skip
+
+
+def _engine(plan: Plan) -> Engine | None:
+    if plan.lane != "trtllm":
+        return None
+    assert plan.options is not None
+    options = plan.options
+    return Engine(
+        gpu=options.gpu.name, gpus=options.gpus, capability=".".join(map(str, options.gpu.capability)),
+        tensorrt_llm=TENSORRT_LLM, tensorrt=TENSORRT, quantization=options.quant, dtype=options.dtype,
+        max_batch_size=options.batch, max_input_len=plan.limits["max_input_len"],
+        max_seq_len=plan.limits["max_seq_len"], images=options.images,
+    )  # fmt: skip
+
+
+def _write_gpu_configs(plan: Plan, models: Path) -> None:
+    batches = {"embed": RANKER_BATCH, "score": RANKER_BATCH}
+    if plan.lane != "llmapi":
+        batches["vision_encoder"] = plan.options.vision_batch if plan.options else 8
+    write_onnx_configs(models, batches, plan.export.precision)
+    if plan.lane == "trtllm":
+        write_engine_config(models, plan)
+
+
+def _place_ranker(part: Path, models: Path) -> None:
     for model in ("embed", "score"):
-        (exports / f"{model}.onnx").rename(models / model / "1" / "model.onnx")
-    shutil.rmtree(exports)
-    shutil.copy(ranker_dir / "token_spec.json", models / "tokenize" / "1")
+        shutil.copy(part / f"{model}.onnx", models / model / "1" / "model.onnx")
+    shutil.copy(part / "token_spec.json", models / "tokenize" / "1")
     for table in ("users.parquet", "items.parquet"):
-        shutil.copy(ranker_dir / table, models / "lookup" / "1")
+        shutil.copy(part / table, models / "lookup" / "1")
 
 
 def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int]]:

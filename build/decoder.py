@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
@@ -18,4 +19,11 @@ def write_decoder(captioner_dir: Path, out_dir: Path) -> LlamaConfig:
     decoder.lm_head.load_state_dict(captioner.lm_head.state_dict())
     # One file: the decoder maps it into memory, so shards would buy nothing.
     decoder.save_pretrained(out_dir, max_shard_size="1TB")
+    # Older readers (the transformers 4 beside TensorRT-LLM) know these two under their former names only, and would
+    # fall back to defaults in silence.
+    path = out_dir / "config.json"
+    document = json.loads(path.read_text())
+    document["torch_dtype"] = str(captioner.dtype).removeprefix("torch.")
+    document["rope_theta"] = (document.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    path.write_text(json.dumps(document, indent=2) + "\n")
     return config

@@ -40,7 +40,7 @@ def export_ranker(ranker_dir: str | Path, out_dir: str | Path) -> dict[str, Any]
     model.eval()
     embed, score = EmbedGraph(model, shape).eval(), ScoreGraph(model).eval()
 
-    inputs = _example(shape, document)
+    inputs = example_inputs(document)
     ids = {name: value for name, value in inputs.items() if name != "DENSE"}
     embed_error = _export(embed, ids, "FEATURES", out_dir / "embed.onnx")
     with torch.no_grad():
@@ -51,8 +51,9 @@ def export_ranker(ranker_dir: str | Path, out_dir: str | Path) -> dict[str, Any]
     return {**document, "embed_error": embed_error, "score_error": score_error}
 
 
-def _example(shape: RankerShape, document: dict[str, Any]) -> dict[str, Tensor]:
-    """Random valid inputs in the order of `EmbedGraph.forward`, then DENSE."""
+def example_inputs(document: dict[str, Any]) -> dict[str, Tensor]:
+    """Random valid inputs of a ranker (its `ranker.json`) in the order of `EmbedGraph.forward`, then DENSE."""
+    shape = RankerShape.from_json(document["shape"])
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.token_rows, (ROWS, document["token_length"]))
     tokens[0] = 0  # an item without a caption

@@ -20,9 +20,12 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
 
 
 def render(
-    path: Path, dims: Mapping[str, Sequence[int]], parameters: Mapping[str, str] | None = None
+    path: Path,
+    dims: Mapping[str, Sequence[int]],
+    parameters: Mapping[str, str] | None = None,
+    max_batch_size: int | None = None,
 ) -> model_config_pb2.ModelConfig:
-    """Rewrite `path` with the sizes of every tensor in `dims` (without the batch) and with `parameters`.
+    """Rewrite `path` with the sizes of every tensor in `dims` (without the batch), `parameters` and the batch size.
 
     Raises:
         ReleaseError: a size contradicts one that the source fixes, or the source lacks a parameter.
@@ -41,5 +44,7 @@ def render(
         if key not in config.parameters:
             raise ReleaseError(f"{path}: expected a parameter {key!r} to fill in")
         config.parameters[key].string_value = value
+    if max_batch_size is not None:
+        config.max_batch_size = max_batch_size
     path.write_text(text_format.MessageToString(config))
     return config

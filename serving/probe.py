@@ -1,8 +1,12 @@
-"""The canary: one small inference through the whole ensemble. A server that answers it can do its job."""
+"""The canary: one small inference through the whole ensemble. A server that answers it can do its job.
+
+    python -m serving.probe HOST:PORT     exit code 0, or 1 with the reason (the container's health check)
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 from PIL import Image
@@ -44,3 +48,12 @@ def canary(url: str, *, timeout: float = 60.0) -> float:
     if not 0 <= score <= 1:
         raise ServingError(f"rank_media: the canary's score is {score}, expected a probability")
     return score
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("expected one argument, HOST:PORT of the server's gRPC endpoint")
+    try:
+        print(f"score {canary(sys.argv[1]):.4f}")
+    except ServingError as failure:
+        sys.exit(f"error: {failure}")

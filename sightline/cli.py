@@ -175,9 +175,10 @@ def caption(
     baselines: Annotated[bool, typer.Option(help="Also measure captions that need no model.")] = False,
 ) -> None:
     """Caption all items of a data set; the last line is JSON with their quality on held-out items."""
-    from trainer.captioning import caption_baselines, caption_items, caption_quality, version_of, write_captions
+    from sightline.prompt import captioner_version
+    from trainer.captioning import caption_baselines, caption_items, caption_quality, write_captions
 
-    version = version_of(captioner)
+    version = captioner_version(captioner)
     captions = caption_items(captioner, data)
     write_captions(out, captions, version)
     quality = caption_quality(data, captions, seed)
@@ -216,16 +217,98 @@ Releases = Annotated[Path, typer.Option("--releases", help="Folder of the releas
 RELEASES = Path("artifacts/releases")
 
 
+class Action(StrEnum):
+    run = "run"
+    plan = "plan"
+
+
+class Lane(StrEnum):
+    cpu = "cpu"
+    trtllm = "trtllm"
+    llmapi = "llmapi"
+
+
+class Precision(StrEnum):
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
 @app.command()
 def build(
-    captioner: Annotated[Path, typer.Option(help="Folder of the captioner.")] = Path("artifacts/captioner"),
-    ranker: Annotated[Path, typer.Option(help="Folder of the ranker.")] = Path("artifacts/ranker"),
+    action: Annotated[
+        Action, typer.Argument(help="plan: print steps and memory, on any machine; run: do it and publish.")
+    ] = Action.run,
+    lane: Annotated[
+        Lane, typer.Option(help="cpu: exports alone; trtllm: a TensorRT-LLM engine; llmapi: its LLM API.")
+    ] = Lane.cpu,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", "--captioner", help="Folder of the captioner: any LLaVA checkpoint.")
+    ] = "artifacts/captioner",
+    ranker: Annotated[Path | None, typer.Option(help="Folder of the ranker.")] = None,
     releases: Releases = RELEASES,
+    gpu: Annotated[str, typer.Option(help="NAME or COUNTxNAME (tensor parallel): h200, 2xa10, …")] = "h200",
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 16,
+    images: Annotated[int, typer.Option(help="Images per request; a video gives as many frames.")] = 1,
+    quant: Annotated[str, typer.Option(help="Of the decoder: fp16, bf16, int8, int4, awq, fp8.")] = "fp16",
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV cache: auto, fp8.")] = "auto",
+    vision_batch: Annotated[int, typer.Option(help="Images that the vision tower takes at once.")] = 16,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Longest caption; by default the captioner's own.")
+    ] = None,
+    ensemble_batch: Annotated[int | None, typer.Option(help="Rows of one rank_media request.")] = None,
+    calibration: Annotated[int, typer.Option(help="Samples, for awq and fp8.")] = 32,
+    kv_reuse: Annotated[bool, typer.Option(help="Keep KV blocks of equal prompts and images.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run `trtllm-build --dry_run` first.")] = False,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="--flag=value for trtllm-build, in place of the plan's own.")
+    ] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="TensorRT-LLM's examples in the container.")
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the ONNX parts on a GPU node; fp16 is checked.")
+    ] = Precision.fp16,
+    score_int8: Annotated[
+        bool, typer.Option("--score-int8", help="Quantise score.onnx; its loss of AUC is measured.")
+    ] = False,
 ) -> None:
-    """Turn a captioner and a ranker into a release and publish it; prints its id."""
-    from build.assemble import build_release
+    """Turn a captioner and a ranker into a published release, or print the plan of it.
 
-    typer.echo(build_release(captioner, ranker, releases, progress=lambda line: typer.echo(line, err=True)))
+    `run` prints the release's id, `plan` a last line of JSON. A plan that cannot work is refused with the numbers.
+    """
+    from build import plan as planning
+    from build.assemble import build_release, source_batch, work_folder
+    from build.hardware import parse_gpus
+
+    if action is Action.run:
+        ranker = ranker or RANKER
+    parts = (
+        checkpoint, ranker, work_folder(releases),
+        planning.ExportOptions(precision=precision.value, score_int8=score_int8),
+    )  # fmt: skip
+    if lane is Lane.cpu:
+        plan = planning.cpu_plan(*parts)
+    else:
+        kind, gpus = parse_gpus(gpu)
+        options = planning.EngineOptions(
+            gpu=kind, gpus=gpus, batch=batch, images=images, quant=quant, kv_dtype=kv_dtype,
+            vision_batch=vision_batch, new_tokens=new_tokens, ensemble_batch=ensemble_batch, calibration=calibration,
+            kv_reuse=kv_reuse, dry_run=dry_run, extra=tuple(extra or ()),
+        )  # fmt: skip
+        if lane is Lane.llmapi:
+            plan = planning.llmapi_plan(*parts, options)
+        else:
+            plan = planning.engine_plan(*parts, options, source_batch=source_batch(), examples=examples)
+    if action is Action.plan:
+        from build.show import show_plan, summary
+
+        show_plan(plan)
+        typer.echo(json.dumps(summary(plan)))
+    else:
+        assert ranker is not None
+        typer.echo(
+            build_release(checkpoint, ranker, releases, plan=plan, progress=lambda line: typer.echo(line, err=True))
+        )
 
 
 @release.command("list")
@@ -265,6 +348,11 @@ def roll_back(releases: Releases = RELEASES) -> None:
 # --- serve and rank -------------------------------------------------------------------------------
 
 
+class Target(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 @app.command()
 def serve(
     name: Annotated[str, typer.Option("--release", help="Release id.")] = "current",
@@ -273,13 +361,51 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8501,
     http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8500,
     metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8502,
+    target: Annotated[Target, typer.Option(help="gpu: in the container of deploy/.")] = Target.cpu,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Only show the docker command of --target gpu.")
+    ] = False,
 ) -> None:
     """Serve a release through Triton until Ctrl-C."""
+    if target is Target.gpu:
+        from serving.container import serve_in_container
+
+        command = serve_in_container(
+            releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
+            print_only=print_only,
+        )  # fmt: skip
+        typer.echo(command)
+        return
+    if print_only:
+        raise ConfigError("--print: shows the docker command of --target gpu, got --target cpu; add --target gpu")
     from serving.serve import serve_until_stopped
 
     serve_until_stopped(
         releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
     )
+
+
+@app.command()
+def doctor(
+    target: Annotated[Target, typer.Option(help="Where the server is to run.")] = Target.cpu,
+    releases: Releases = RELEASES,
+    grpc_port: Annotated[int, typer.Option()] = 8501,
+    http_port: Annotated[int, typer.Option()] = 8500,
+    metrics_port: Annotated[int, typer.Option()] = 8502,
+) -> None:
+    """Check whether this machine can serve; the last line is JSON, exit code 1 says that something is in the way."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from serving.doctor import inspect, judge, table
+
+    ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+    checks = judge(inspect(target.value, releases=releases, ports=ports), target.value)
+    Console(stderr=True, highlight=False).print(table(checks))
+    ok = all(check.status != "blocker" for check in checks)
+    typer.echo(json.dumps({"target": target.value, "ok": ok, "checks": [asdict(check) for check in checks]}))
+    raise typer.Exit(0 if ok else 1)
 
 
 @app.command(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,6 +26,7 @@ from sightline.errors import ReleaseError
 
 __all__ = [
     "Components",
+    "Engine",
     "Limits",
     "Manifest",
     "current",
@@ -67,16 +68,38 @@ class Limits(_Record):
     caption_tokens: int
 
 
+class Engine(_Record):
+    """What a compiled decoder runs on, and what it can take."""
+
+    gpu: str
+    gpus: int
+    """Number of them, for tensor parallelism."""
+    capability: str
+    """Compute capability, e.g. `9.0`."""
+    tensorrt_llm: str
+    tensorrt: str
+    quantization: str
+    dtype: str
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    images: int
+
+
 class Manifest(_Record):
     """`manifest.json` of a release."""
 
     release: str
     created_at: datetime
-    lane: Literal["cpu"]
+    lane: Literal["cpu", "trtllm", "llmapi"]
     stand_ins: list[str]
     """Parts that stand in for faster ones of a GPU machine; figures taken with them say so."""
     components: Components
     limits: Limits
+    engine: Engine | None = None
+    """Lane `trtllm` only."""
+    checks: dict[str, Any] = {}
+    """What the build measured of its exports: errors against the eager models, cost of lower precision."""
     built_with: dict[str, str]
     """Package → version."""
     files: dict[str, str]

@@ -1,9 +1,10 @@
-"""CPU stand-in for the C++ tensorrtllm backend, used where `libtriton_tensorrtllm.so` is not installed.
+"""Python stand-in for the C++ tensorrtllm backend, used where `libtriton_tensorrtllm.so` is not installed.
 
 It speaks the real backend's tensor contract: ids ≥ vocabulary size are rows of `prompt_embedding_table`;
 output_ids is [batch, beams = 1, tokens], with the input in front unless `exclude_input_in_output` is true;
 sequence_length counts output_ids without the end id. All requests of one dynamic batch are decoded together.
-What it cannot do (beams, sampling, streaming) it refuses, and says so.
+What it cannot do (beams, sampling, streaming) it refuses, and says so. It runs on the CPU unless the parameter
+`device` in config.pbtxt is `cuda`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ class TritonPythonModel:
         try:
             if config.get("model_transaction_policy", {}).get("decoupled"):
                 raise ValueError("decoupled (streaming) mode needs the C++ tensorrtllm backend")
-            self.decoder = Decoder(Path(args["model_repository"], parameters["gpt_model_path"]))
+            device = parameters.get("device", "cpu")
+            self.decoder = Decoder(Path(args["model_repository"], parameters["gpt_model_path"]), device=device)
         except KeyError as error:
             raise pb_utils.TritonModelException(
                 f"{config['name']}: expected {error} in config.pbtxt or the decoder folder"
             ) from error
         except Exception as error:
             raise pb_utils.TritonModelException(f"{config['name']}: {error}") from error
+        where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         pb_utils.Logger.log_info(
             f"{config['name']}: served by the python stand-in for the tensorrtllm backend "
-            f"(torch {torch.__version__}, CPU, {torch.get_num_threads()} threads)"
+            f"(torch {torch.__version__}, {where})"
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -79,14 +82,14 @@ class TritonPythonModel:
 
         top_k, top_p = scalars("runtime_top_k", 0), scalars("runtime_top_p", 0.0)
         if max(scalars("beam_width", 1)) > 1:
-            raise ValueError("beam_width: the CPU stand-in decodes greedily, expected 1")
+            raise ValueError("beam_width: the python stand-in decodes greedily, expected 1")
         if max(top_k) > 1 or any(k < 1 and p > 0 for k, p in zip(top_k, top_p, strict=True)):
             raise ValueError(
-                "runtime_top_k, runtime_top_p: the CPU stand-in decodes greedily, expected "
+                "runtime_top_k, runtime_top_p: the python stand-in decodes greedily, expected "
                 "runtime_top_k 1 or neither"
             )
         if any(penalty != 1 for penalty in scalars("repetition_penalty", 1.0)):
-            raise ValueError("repetition_penalty: the CPU stand-in supports 1.0 only")
+            raise ValueError("repetition_penalty: the python stand-in supports 1.0 only")
         if any(scalars("streaming", False)) or any(scalars("stop", False)):
             raise ValueError("streaming, stop: need the C++ tensorrtllm backend in decoupled mode")
         table = tensor("prompt_embedding_table")  # [B, R, hidden]
@@ -94,6 +97,15 @@ class TritonPythonModel:
             size != table.shape[1] for size in scalars("prompt_vocab_size", table.shape[1])
         ):
             raise ValueError(f"prompt_vocab_size: expected the table's number of rows, {table.shape[1]}")
+        extra = tensor("prompt_table_extra_ids")  # [B, L]
+        if extra is not None:
+            if extra.shape != ids.shape:
+                raise ValueError(f"prompt_table_extra_ids: expected one per input id {ids.shape}, got {extra.shape}")
+            if ((extra == 0) & (ids >= self.decoder.vocab_size)).any():
+                raise ValueError(
+                    "prompt_table_extra_ids: 0 at an id of the prompt table; with KV cache reuse, different images "
+                    "would share cache blocks"
+                )
         lengths, news, ends = (
             scalars("input_lengths", 0),
             scalars("request_output_len", 0),

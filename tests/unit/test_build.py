@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from build import assemble, vision_onnx
+from build import steps, vision_onnx
 from build.assemble import build_release
 from build.decoder import write_decoder
 from build.vision_onnx import Encoder, export_vision
 from sightline import release
-from sightline.errors import ReleaseError
+from sightline.errors import ConfigError, ReleaseError
 from sightline.media import MediaSpec, load
-from sightline.prompt import CaptionPrompt
+from sightline.prompt import CaptionPrompt, captioner_version
 from tests.factories import tiny_captioner, tiny_ranker
 from tests.fake_triton import load_model
 from tests.media_files import clip, picture
@@ -124,11 +124,24 @@ def test_a_ranker_of_other_parts_is_refused(
     assert not list((tmp_path / "releases").glob("*")), "a refused build leaves nothing"
 
 
-def test_a_captioner_without_version_is_refused(captioner: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_origin_has_its_hash_as_version(captioner: Path, tmp_path: Path) -> None:
+    """A LLaVA folder without sightline.json is a captioner, too; but not the one that the ranker knows."""
     folder = copied(captioner, tmp_path)
     (folder / "sightline.json").unlink()
-    with pytest.raises(ReleaseError, match=r"sightline\.json: expected a JSON object"):
+    version = captioner_version(folder)
+    with pytest.raises(ReleaseError, match=f"'test-captioner', this build has '{version}'"):
         build_release(folder, tiny_ranker(tmp_path / "ranker"), tmp_path / "releases")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert captioner_version(folder) != version
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"expected a captioner: sightline\.json .* or a LLaVA checkpoint's"):
+        captioner_version(folder)
+
+
+def test_missing_parts_say_how_to_get_them(captioner: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match=r"nope: expected the folder of a ranker .*`sightline train ranker`"):
+        build_release(captioner, tmp_path / "nope", tmp_path / "releases")
 
 
 def test_a_video_that_outgrows_the_language_model_is_refused(captioner: Path, tmp_path: Path) -> None:
@@ -148,14 +161,14 @@ def test_frames_of_another_size_than_the_tower_takes_are_refused(captioner: Path
 def test_an_interrupted_build_leaves_what_was_published(
     parts: Path, releases_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "releases"
+    folder = tmp_path / "here" / "releases"
     shutil.copytree(releases_dir, folder, symlinks=True)
     before = sorted(path.name for path in folder.iterdir())
 
     def interrupted(ranker_dir: Path, out_dir: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assemble, "export_ranker", interrupted)
+    monkeypatch.setattr(steps, "export_ranker", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_release(parts / "captioner", parts / "ranker", folder)
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -1,4 +1,4 @@
-"""The CPU decoder equals LlamaForCausalLM, row by row and in batches, and keeps the tensorrtllm contract."""
+"""The decoder equals LlamaForCausalLM, row by row and in batches, and keeps the tensorrtllm contract."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from tests.fake_triton import Request, TritonModelException, load_model
 VOCAB, HIDDEN = 64, 32
 backend = load_model("backends/tensorrtllm/model.py")
 Decoder, Prompt = backend.Decoder, backend.Prompt
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens where torch sees no CUDA device")
+
+
+@pytest.fixture(params=["dynamic", "static", pytest.param("graph", marks=needs_gpu)])
+def decoder(request: pytest.FixtureRequest, llama: Path) -> Any:
+    """Steps over a growing cache, steps of constant shapes, and those as CUDA graphs."""
+    device = "cuda" if request.param == "graph" else "cpu"
+    return Decoder(llama / "1" / "decoder", device=device, steps=request.param)
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["multi-head", "grouped"])
@@ -69,20 +78,21 @@ def reference(folder: Path, prompt: Any) -> list[int]:
     return generated
 
 
-def test_equals_transformers_in_one_batch(llama: Path) -> None:
-    decoder, batch = Decoder(llama / "1" / "decoder"), prompts(6)
+def test_equals_transformers_in_one_batch(llama: Path, decoder: Any) -> None:
+    batch = prompts(6)
     generated = decoder.generate(batch)
     assert generated == [reference(llama, prompt) for prompt in batch]
     assert len({tuple(ids) for ids in generated}) == 6, "prompts that all continue alike would hide a mix-up"
 
 
-def test_batch_equals_single(llama: Path) -> None:
-    decoder, batch = Decoder(llama / "1" / "decoder"), prompts(6)
-    assert decoder.generate(batch) == [decoder.generate([prompt])[0] for prompt in batch]
+def test_batch_equals_single(decoder: Any) -> None:
+    batch = prompts(6)
+    # The single ones come first, so that the memory for states has to grow.
+    assert [decoder.generate([prompt])[0] for prompt in batch] == decoder.generate(batch)
 
 
-def test_rows_that_end_early_leave_the_others_alone(llama: Path) -> None:
-    decoder, batch = Decoder(llama / "1" / "decoder"), prompts(6)
+def test_rows_that_end_early_leave_the_others_alone(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = prompts(6)
     free = decoder.generate(batch)
     # Each row in turn ends at its own third token; the batch shrinks at different times.
     stopped = [
@@ -90,6 +100,68 @@ def test_rows_that_end_early_leave_the_others_alone(llama: Path) -> None:
         for p, out in zip(batch, free, strict=True)
     ]
     assert decoder.generate(stopped) == [out[: out.index(out[2])] for out in free]
+    # Rows 1 and 4 go on for longer and move to the front.
+    uneven = [
+        Prompt(ids=p.ids, table=p.table, max_new=len(out) if i in (1, 4) else 1 + i % 2, end_id=-1)
+        for i, (p, out) in enumerate(zip(batch, free, strict=True))
+    ]
+    step, widths = decoder.step, []
+
+    def watched(state: Any) -> Any:
+        widths.append(len(state.tokens))
+        return step(state)
+
+    monkeypatch.setattr(decoder, "step", watched)
+    assert decoder.generate(uneven) == [out[: p.max_new] for p, out in zip(uneven, free, strict=True)]
+    assert len(widths) == max(p.max_new for p in uneven) - 1
+    assert widths[-1] == 2
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_nothing_of_a_batch_reaches_the_next(decoder: Any) -> None:
+    batch = prompts(6)
+    expected = decoder.generate(batch)
+    poison = Prompt(ids=np.full(20, VOCAB), table=np.full((1, HIDDEN), np.nan, np.float32), max_new=12, end_id=-1)
+    decoder.generate([poison] * 6)
+    assert decoder.generate(batch) == expected
+
+
+def test_logits_of_steps_equal_transformers(llama: Path, decoder: Any) -> None:
+    batch, model = prompts(3), LlamaForCausalLM.from_pretrained(llama / "1" / "decoder").eval()
+    forced = torch.tensor([7, 8, 9])
+    with torch.inference_mode():
+        state, first = decoder.prefill(batch)
+        state.tokens[:3] = forced.to(state.tokens.device)
+        second = decoder.step(state)[:3]
+        embedding = model.get_input_embeddings().weight
+        for i, prompt in enumerate(batch):
+            rows = embedding if prompt.table is None else torch.cat([embedding, torch.tensor(prompt.table)])
+            x = torch.cat([rows[torch.tensor(prompt.ids)], embedding[forced[i : i + 1]]])
+            expected = model(inputs_embeds=x[None]).logits[0, -2:]
+            # float32 in another order of summation; logits reach some 20
+            torch.testing.assert_close(torch.stack([first[i], second[i]]).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_table_may_be_a_tensor(decoder: Any) -> None:
+    batch = prompts(4)
+    tensors = [
+        Prompt(ids=p.ids, table=None if p.table is None else torch.tensor(p.table), max_new=p.max_new, end_id=-1)
+        for p in batch
+    ]
+    assert decoder.generate(tensors) == decoder.generate(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+        ({"steps": "graph"}, "steps: graph needs device cuda"),
+        pytest.param({"device": "cuda"}, "device: cuda asked for, but torch .* sees no CUDA device", marks=without_gpu),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(llama: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoder(llama / "1" / "decoder", **options)
 
 
 def ask(**inputs: Any) -> Request:
@@ -114,6 +186,22 @@ def served(folder: Path, **parameters: str) -> Any:
         {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"}
     )
     return model
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_device_is_a_parameter_and_in_the_log(llama: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(backend.pb_utils.Logger, "log_info", lines.append)
+    model = served(llama, device=device)
+    assert model.decoder.embedding.device.type == device
+    assert ("CPU, " if device == "cpu" else torch.cuda.get_device_name()) in lines[0]
+    assert model.execute([ask()])[0].tensors["sequence_length"].tolist() == [[7]]
+
+
+@without_gpu
+def test_a_model_for_cuda_does_not_load_without(llama: Path) -> None:
+    with pytest.raises(TritonModelException, match="tensorrt_llm: device: cuda asked for"):
+        served(llama, device="cuda")
 
 
 def test_output_ids_with_and_without_the_input(llama: Path) -> None:

@@ -1,0 +1,132 @@
+"""What the container runs: check the mounted release against this node, then become tritonserver.
+
+    python -m serving.container_entry RELEASE CACHE [TRITONSERVER OPTION…]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from serving.container import GRPC_PORT, HTTP_PORT, METRICS_PORT, gpu_release, list_gpus
+from sightline.errors import ServingError, SightlineError
+from sightline.node import BASE_IMAGE, require_node
+
+# Asks the image's own python3, which this environment does not see.
+VERSIONS = """
+import json
+from importlib.metadata import version
+print(json.dumps([version("tensorrt_llm"), version("tensorrt")]))
+"""
+
+
+def installed_versions() -> tuple[str, str]:
+    """TensorRT-LLM and TensorRT of the image.
+
+    Raises:
+        ServingError: they are not there.
+    """
+    command = ["/usr/bin/env", "python3", "-c", VERSIONS]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        reason = (found.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ServingError(
+            f"python3 here has no tensorrt_llm or tensorrt ({reason}); run this in the image that deploy/Containerfile "
+            f"makes from {BASE_IMAGE}"
+        )
+    tensorrt_llm, tensorrt = json.loads(found.stdout.splitlines()[-1])
+    return tensorrt_llm, tensorrt
+
+
+def server_command(release_dir: Path, gpus: int = 1) -> list[str]:
+    """The argv for a release that was verified; with tensor parallelism one server per GPU under mpirun.
+
+    Rank 0 answers requests; the others hold their part of the engine and listen nowhere.
+    """
+    repository = release_dir / "model_repository"
+    models = sorted(path.name for path in repository.iterdir() if path.is_dir())
+    first = [
+        "tritonserver",
+        f"--model-repository={repository}",
+        # With explicit control, a model whose python stub died can be loaded again while the others answer.
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in models),
+        f"--model-load-thread-count={len(models)}",
+        "--disable-auto-complete-config",
+        # configs/gpu.pbtxt where a model has one, else its config.pbtxt.
+        "--model-config-name=gpu",
+        f"--http-port={HTTP_PORT}",
+        f"--grpc-port={GRPC_PORT}",
+        f"--metrics-port={METRICS_PORT}",
+    ]
+    if gpus == 1:
+        return first
+    other = [
+        "tritonserver", f"--model-repository={repository}", "--model-control-mode=explicit",
+        "--load-model=tensorrt_llm", "--disable-auto-complete-config", "--model-config-name=gpu",
+        "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
+    ]  # fmt: skip
+    ranks = [word for _ in range(gpus - 1) for word in (":", "-n", "1", *other)]
+    return ["mpirun", "-n", "1", *first, *ranks]
+
+
+def server_environment(lane: str) -> dict[str, str]:
+    """This process's environment with the python3 first on PATH that Triton's stubs take their packages from.
+
+    Ours, as pinned; but in lane llmapi a python model imports TensorRT-LLM, which only the image's own python3 has.
+    There the image's packages go first and ours fill the gaps (sightline.pth, see deploy/Containerfile).
+    """
+    if lane == "llmapi":
+        return dict(os.environ)
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def claim_cache(cache: Path, release: str) -> None:
+    """Take an empty cache folder for `release`, or find that it is this release's already.
+
+    ONNX Runtime's TensorRT engines are named by the graph, not by its weights: with the cache of another release,
+    a model would silently answer with that one's weights.
+
+    Raises:
+        ServingError: the cache is another release's, or cannot be written.
+    """
+    owner = cache / "release"
+    try:
+        if not owner.exists():
+            owner.write_text(release)
+        if (found := owner.read_text()) != release:
+            raise ServingError(
+                f"{cache}: the cache of release {found}, expected an empty one or that of {release}; give each release "
+                f"a volume of its own, like sightline-cache-{release}"
+            )
+    except OSError as error:
+        raise ServingError(f"{owner}: cannot be written ({error.strerror}); mount a volume at {cache}") from error
+
+
+def main(arguments: list[str]) -> None:
+    """Never returns: the process becomes the server, which so gets the container's signals itself."""
+    try:
+        if len(arguments) < 2:
+            raise ServingError(f"expected the folders of the release and of its cache, got {arguments}")
+        release_dir, cache = Path(arguments[0]), Path(arguments[1])
+        manifest = gpu_release(release_dir)
+        if manifest.engine is not None:
+            tensorrt_llm, tensorrt = installed_versions()
+            capabilities = [gpu.capability for gpu in list_gpus()]
+            require_node(manifest.engine, capabilities=capabilities, tensorrt_llm=tensorrt_llm, tensorrt=tensorrt)
+        claim_cache(cache, manifest.release)
+        print(f"serving release {manifest.release} (lane {manifest.lane})", file=sys.stderr, flush=True)
+        gpus = manifest.engine.gpus if manifest.engine else 1
+        command = [*server_command(release_dir, gpus), *arguments[2:]]
+        os.execvpe(command[0], command, server_environment(manifest.lane))
+    except FileNotFoundError:
+        sys.exit("error: tritonserver: not found on PATH; this runs in the image that deploy/Containerfile makes")
+    except SightlineError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
