@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sightline.profile import DENSE
 from sightline.tokens import TokenSpec
-from trainer.captioner_model import BOS, EOS, IMAGE, PAD, save_captioner, train_tokenizer
+from trainer.captioner_model import BOS, CLIP_MEAN, CLIP_STD, EOS, IMAGE, PAD, save_captioner, train_tokenizer
 from trainer.ranker_model import RankerShape, new_ranker
 
 TOKENS, PROFILE = 16, 6
@@ -81,3 +84,107 @@ def tiny_ranker(folder: Path, seed: int = 0, *, captioner_version: str = "test-c
     pq.write_table(pa.table(users), folder / "users.parquet")
     pq.write_table(pa.table({"item_id": [0, 5, 9], "item_index": [0, 1, 2]}), folder / "items.parquet")
     return folder
+
+
+def llava_layout(folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A scaled-down random checkpoint in the layout of llava-hf/llava-1.5-7b-hf; returns its model.
+
+    Three safetensors shards with that checkpoint's key names and dtype, its configuration's keys (`image_token_index`,
+    feature layer −2, `default` selection, vocabulary padded to a multiple of 64), LLaMA-2's tokenizer file form
+    with `<image>` and `<pad>` added behind the vocabulary, and a CLIP processor that resizes the shortest edge and
+    crops the centre.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    tokenizer.train_from_iterator([*CAPTIONS, "USER: Describe the item in one short sentence. ASSISTANT:"], trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][: len(special)]
+    size = len(state["model"]["vocab"])
+    for offset, token in enumerate(("<image>", "<pad>")):
+        state["added_tokens"].append(
+            {"id": size + offset, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+        )  # fmt: skip
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    pixels = 28
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "image_size": pixels, "intermediate_size": 64,
+              "num_attention_heads": 2, "num_hidden_layers": 3, "patch_size": 14, "projection_dim": 24,
+              "vocab_size": 32000}  # fmt: skip
+    text = {"architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 96,
+            "max_position_embeddings": 512, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "torch_dtype": "float16",
+            "vocab_size": -(-(size + 2) // 64) * 64}  # fmt: skip
+    documents: dict[str, dict[str, Any]] = {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": size,
+            "model_type": "llava", "pad_token_id": size + 1, "projector_hidden_act": "gelu", "text_config": text,
+            "tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."),
+            "vision_config": vision, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            "vocab_size": text["vocab_size"],
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": size + 1},
+        "added_tokens.json": {"<image>": size, "<pad>": size + 1},
+        "special_tokens_map.json": {
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        },
+        "tokenizer_config.json": {
+            "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
+            "legacy": False, "model_max_length": 512, "pad_token": "<pad>", "padding_side": "left",
+            "processor_class": "LlavaProcessor", "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
+        },
+        "preprocessor_config.json": {
+            "crop_size": {"height": pixels, "width": pixels}, "do_center_crop": True, "do_convert_rgb": True,
+            "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": list(CLIP_MEAN),
+            "image_processor_type": "CLIPImageProcessor", "image_std": list(CLIP_STD),
+            "processor_class": "LlavaProcessor", "resample": 3, "rescale_factor": 0.00392156862745098,
+            "size": {"shortest_edge": pixels},
+        },
+        "processor_config.json": {
+            "image_token": "<image>", "num_additional_image_tokens": 1, "patch_size": 14,
+            "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default",
+        },
+    }  # fmt: skip
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2))
+
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(folder)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    model.to(dtype)
+    weights = {_llava_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    names = sorted(weights)
+    shards = [names[:10], names[10:40], names[40:]]
+    index: dict[str, Any] = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": {}}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: weights[name] for name in shard}, folder / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return model
+
+
+def _llava_name(name: str) -> str:
+    """Today's parameter name → that of the published checkpoint."""
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    name = name.removeprefix("model.")
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    tower = "vision_tower.vision_model."
+    return name if name.startswith(tower) else name.replace("vision_tower.", tower, 1)

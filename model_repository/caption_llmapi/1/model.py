@@ -24,10 +24,9 @@ try:
     from tensorrt_llm import LLM, SamplingParams
     from tensorrt_llm.llmapi import KvCacheConfig
 except ImportError as error:
-    raise pb_utils.TritonModelException(
-        f"caption: a release of lane llmapi needs tensorrt_llm {TENSORRT_LLM} ({error}); serve it in {BASE_IMAGE} with "
-        "`sightline serve --target gpu`, or build a release of another lane for this machine"
-    ) from error
+    MISSING = str(error)  # Triton's exceptions are not there yet while this file is imported
+else:
+    MISSING = ""
 
 
 class TritonPythonModel:
@@ -35,6 +34,11 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model; the LLM API compiles what it needs."""
+        if MISSING:
+            raise pb_utils.TritonModelException(
+                f"caption: a release of lane llmapi needs tensorrt_llm {TENSORRT_LLM} ({MISSING}); serve it in "
+                f"{BASE_IMAGE} with `sightline serve --target gpu`, or build a release of another lane"
+            )
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         folder = Path(args["model_repository"], args["model_version"])
