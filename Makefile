@@ -6,9 +6,13 @@ export OMP_WAIT_POLICY ?= passive
 RELEASE := artifacts/releases/current
 # What `make build-engines` builds from: a folder with captioner/ and ranker/, by default the demo's.
 RUN ?= artifacts/demo/synthetic
+LANE ?= cpu
+# What PLAN=1 shows where nothing else is named: LLaVA-1.5-7B's shape on one large and on two small GPUs.
+PLANNED_GPUS := h200$(if $(filter trtllm,$(LANE)), 2xa10)
+SHAPE := llava-1.5-7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint build-engines serve bench clean
+.PHONY: help setup demo test lint doctor build-engines serve bench clean
 
 help:           ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +30,17 @@ lint: setup     ## ruff on everything, strict typing on sightline/ and client/
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy sightline client/sightline_client
 
-build-engines: setup  ## Turn the trained captioner and ranker into a release under artifacts/releases
-	@$(BIN)/sightline build --captioner $(RUN)/captioner --ranker $(RUN)/ranker
+build-engines: setup  ## Publish a release; LANE=cpu|trtllm|llmapi GPU=h200 CHECKPOINT=dir BUILD="--quant fp8 …"; PLAN=1 only shows
+ifeq ($(PLAN),)
+	@$(BIN)/sightline build run --lane $(LANE) --checkpoint $(or $(CHECKPOINT),$(RUN)/captioner) --ranker $(RUN)/ranker \
+	  $(if $(GPU),--gpu $(GPU)) $(BUILD)
+else
+	@for gpu in $(or $(GPU),$(PLANNED_GPUS)); do \
+	  $(BIN)/sightline build plan --lane $(LANE) --checkpoint $(or $(CHECKPOINT),$(SHAPE)) --gpu $$gpu $(BUILD) || exit; done
+endif
+
+doctor: setup   ## Check what this machine can do and how to mend the rest; TARGET=gpu for a GPU node
+	@$(BIN)/sightline doctor $(if $(TARGET),--target $(TARGET))
 
 serve: setup $(if $(filter gpu,$(TARGET)),,$(RELEASE))  ## Serve the current release through Triton; TARGET=gpu: in the container, PRINT=1 only shows how
 	@$(BIN)/sightline serve $(if $(TARGET),--target $(TARGET)) $(if $(PRINT),--print)
