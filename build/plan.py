@@ -258,6 +258,7 @@ def _add_decoder(steps: _Steps, checkpoint: Path) -> Path:
 
 def _add_ranker(steps: _Steps, ranker: Path | None, export: ExportOptions) -> None:
     if ranker is not None:
+        ranker = ranker.resolve()
         int8 = ("--score-int8",) * export.score_int8
         steps.add("ranker", lambda out: _own("ranker", str(ranker), str(out), *export.flags, *int8), [ranker])
 

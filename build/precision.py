@@ -72,6 +72,8 @@ def fp16_ranker(folder: Path, feed: Feed, label: NDArray[Any] | None, inputs: st
 def int8_score(folder: Path, feed: Feed, label: NDArray[Any] | None, inputs: str) -> dict[str, Any]:
     """Replace `score.onnx` by its dynamically quantised form (INT8 weights and activations, FP32 in and out).
 
+    Activations get one scale per batch, so a row's score then depends a little on the rows beside it.
+
     Raises:
         ReleaseError: AUC falls by more than `AUC_TOLERANCE`; the file is then as it was.
     """
