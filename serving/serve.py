@@ -26,6 +26,8 @@ def serve_until_stopped(
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, terminate)
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so; but the server has to stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Console(stderr=True, highlight=False)
     try:
         with TritonServer(

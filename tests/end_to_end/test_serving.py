@@ -259,7 +259,12 @@ def start_command(releases_dir: Path) -> tuple[subprocess.Popen[str], str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_ends_cleanly(releases_dir: Path, number: signal.Signals) -> None:
-    process, token = start_command(releases_dir)
+    """Also as a background job, whose SIGINT the shell had ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process, token = start_command(releases_dir)
+    finally:
+        signal.signal(signal.SIGINT, before)
     process.send_signal(number)
     assert process.stderr is not None
     rest = process.stderr.read()
