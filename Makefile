@@ -12,7 +12,7 @@ PLANNED_GPUS := h200$(if $(filter trtllm,$(LANE)), 2xa10)
 SHAPE := llava-1.5-7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint doctor build-engines serve bench clean
+.PHONY: help setup demo test lint doctor build-engines serve evaluate quality bench clean
 
 help:           ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ doctor: setup   ## Check what this machine can do and how to mend the rest; TARG
 
 serve: setup $(if $(filter gpu,$(TARGET)),,$(RELEASE))  ## Serve the current release through Triton; TARGET=gpu: in the container, PRINT=1 only shows how
 	@$(BIN)/sightline serve $(if $(TARGET),--target $(TARGET)) $(if $(PRINT),--print)
+
+evaluate: setup ## What content brings a ranker: DATA=dir (MovieLens or Sightline layout), SPLIT=cold|temporal|warm
+	@$(BIN)/sightline evaluate --data $(or $(DATA),artifacts/data/synthetic) --split $(or $(SPLIT),cold) $(EVALUATE)
+
+quality: setup  ## Run the demo's job afresh and hold it to evaluation/gates.json
+	@$(BIN)/sightline quality
 
 bench: setup $(RELEASE)  ## Measure every model and the ensemble with perf_analyzer; report under artifacts/bench
 	@$(BIN)/sightline bench

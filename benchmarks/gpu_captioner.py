@@ -303,8 +303,8 @@ def parity(device: str, dtype: torch.dtype, new_tokens: int = 24) -> dict[str, A
     Logits are compared along the CPU's captions, token by token; ids between captions that each side writes alone, of
     mixed lengths, so that the batch shrinks on the way.
     """
-    # By default the patch embedding is TF32 on a GPU, good to 3 digits. The older of torch's two switches: the newer one
-    # per operator makes torch.onnx.export fail for the rest of the process.
+    # By default the patch embedding is TF32 on a GPU, good to 3 digits. The older of torch's two switches: the newer,
+    # per operator, makes torch.onnx.export fail for the rest of the process.
     torch.backends.cudnn.allow_tf32 = False
     random = torch.Generator().manual_seed(0)
     reference = Captioner("tiny", "cpu", torch.float32)

@@ -37,6 +37,14 @@ CAPTION_FILES = (
 ENGINE_MODELS, LLMAPI_CAPTION = ("vision_encoder", "tensorrt_llm"), "caption_llmapi"
 STAND_INS = {"onnxruntime": "onnxruntime (python, CPU)", "tensorrtllm": "tensorrtllm (python, CPU)"}
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
+# What `lookup` reads of a user, beside its index; tensors have the same names in capitals.
+USER_FEATURES = (
+    "profile_tokens",
+    "profile_weights",
+    "profile_negative_tokens",
+    "profile_negative_weights",
+    "dense",
+)
 # Rows of one ranking request that TensorRT optimises `embed` and `score` for.
 RANKER_BATCH = 256
 
@@ -281,6 +289,12 @@ def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int
     for model in ("embed", "score"):
         path = models / model / "1" / "model.onnx"
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        served = {tensor.name for tensor in read_config(models / model / "config.pbtxt").input}
+        if unserved := {tensor.name for tensor in session.get_inputs()} - served:
+            raise ReleaseError(
+                f"{model}.onnx takes {', '.join(sorted(unserved))}, which nothing in the ensemble makes; a ranker with "
+                "item_vector is for comparisons, build a release from one without"
+            )
         for tensor in (*session.get_inputs(), *session.get_outputs()):
             exact = tensor.shape[1:]
             if dims.setdefault(tensor.name, exact) != exact:
@@ -291,9 +305,7 @@ def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int
     for tensor, source, expected in (
         ("CONTEXT", "ranker.json: context", len(ranker["context"])),
         ("ITEM_TOKENS", "ranker.json: token_length", ranker["token_length"]),
-        ("PROFILE_TOKENS", "users.parquet: profile_tokens", len(row["profile_tokens"])),
-        ("PROFILE_WEIGHTS", "users.parquet: profile_weights", len(row["profile_weights"])),
-        ("DENSE", "users.parquet: dense", len(row["dense"])),
+        *((name.upper(), f"users.parquet: {name}", len(row.get(name, ()))) for name in USER_FEATURES),
     ):
         if list(dims[tensor]) != [expected]:
             raise ReleaseError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def export_ranker(ranker_dir: str | Path, out_dir: str | Path) -> dict[str, Any]
     model = new_ranker(shape, seed=0)
     model.load_state_dict(torch.load(ranker_dir / "model.pt", weights_only=True))
     model.eval()
-    embed, score = EmbedGraph(model, shape).eval(), ScoreGraph(model).eval()
+    embed, score = EmbedGraph(model).eval(), ScoreGraph(model).eval()
 
     inputs = example_inputs(document)
     ids = {name: value for name, value in inputs.items() if name != "DENSE"}
@@ -57,9 +58,13 @@ def example_inputs(document: dict[str, Any]) -> dict[str, Tensor]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.token_rows, (ROWS, document["token_length"]))
     tokens[0] = 0  # an item without a caption
-    profile = rng.integers(0, shape.token_rows, (ROWS, document["profile_length"]))
-    weights = rng.dirichlet(np.ones(profile.shape[1]), ROWS).astype(np.float32)
-    context = np.stack([rng.integers(0, n, ROWS) for n in shape.context.values()], 1)
+    length = document["profile_length"]
+    profile, negative = (rng.integers(0, shape.token_rows, (ROWS, length)) for _ in range(2))
+    weights, negative_weights = (rng.dirichlet(np.ones(length), ROWS).astype(np.float32) for _ in range(2))
+    weights[1] = negative_weights[2] = 0  # users without likes, without dislikes
+    # A ranker that does not read the context takes the log's columns all the same.
+    columns = shape.context or {column["name"]: column["cardinality"] for column in document["context"]}
+    context = np.stack([rng.integers(0, n, ROWS) for n in columns.values()], 1)
     values = {
         "USER_INDEX": rng.integers(0, shape.users, (ROWS, 1)),
         "ITEM_INDEX": rng.integers(0, shape.items, (ROWS, 1)),
@@ -67,8 +72,12 @@ def example_inputs(document: dict[str, Any]) -> dict[str, Tensor]:
         "ITEM_TOKENS": tokens,
         "PROFILE_TOKENS": profile,
         "PROFILE_WEIGHTS": weights,
-        "DENSE": rng.normal(size=(ROWS, shape.dense)).astype(np.float32),
+        "PROFILE_NEGATIVE_TOKENS": negative,
+        "PROFILE_NEGATIVE_WEIGHTS": negative_weights,
     }
+    if shape.item_vector:
+        values["ITEM_VECTOR"] = rng.normal(size=(ROWS, shape.item_vector)).astype(np.float32)
+    values["DENSE"] = rng.normal(size=(ROWS, shape.dense)).astype(np.float32)
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
@@ -80,6 +89,7 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
             dynamic_axes={name: {0: "batch"} for name in (*inputs, output)}, dynamo=False,
         )  # fmt: skip
         eager = graph(*inputs.values()).numpy()
+    _declare(path, inputs)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     if names != list(inputs):
@@ -91,3 +101,15 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
             f"{path.name}: eager and ONNX differ by {error:.2e}; expected at most {TOLERANCE:g}"
         )
     return error
+
+
+def _declare(path: Path, inputs: dict[str, Tensor]) -> None:
+    """The exporter leaves out inputs that nothing reads; a group that is off is still part of the contract."""
+    model = onnx.load(path, load_external_data=False)
+    found = {tensor.name: tensor for tensor in model.graph.input}
+    for name, value in inputs.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.numpy().dtype)
+        found.setdefault(name, onnx.helper.make_tensor_value_info(name, kind, ["batch", *value.shape[1:]]))
+    del model.graph.input[:]
+    model.graph.input.extend(found[name] for name in inputs)
+    onnx.save(model, path)

@@ -35,6 +35,8 @@ LOADED = re.compile(r"successfully loaded '(\w+)'")
 # Triton's complaints on a machine without a GPU; true, and nothing to act on. They stay in the log.
 NOISE = re.compile("cuda", re.IGNORECASE)
 FAILED = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
+# A python stub that dies while its model loads is not noticed by Triton 2.51, which then waits for ever.
+CRASHED = re.compile(r"terminate called|what\(\):\s*(.*)")
 # The last of the services that Triton starts after the models.
 READY = "Started Metrics Service"
 
@@ -183,6 +185,8 @@ class TritonServer:
                     self._events.put(("failed", f"{found[1]}: {found[2]}"))
                 elif READY in line:
                     self._events.put(("ready", ""))
+                elif (found := CRASHED.search(line)) and found[1]:
+                    self._events.put(("crashed", found[1]))
                 elif line.startswith("E") and not NOISE.search(line):
                     self._progress(line.rstrip())
         self._events.put(("ended", ""))
@@ -202,6 +206,11 @@ class TritonServer:
                 self._progress(f"{detail:<16} loaded after {time.monotonic() - self._started:5.1f} s")
             elif kind == "failed":
                 failure = detail
+            elif kind == "crashed":
+                raise ServingError(
+                    f"a python model of the server crashed while it loaded ({detail}), as happens on an overloaded "
+                    f"machine; start again; the server's log is {self.log_path}"
+                )
             elif kind == "ready":
                 return
             else:

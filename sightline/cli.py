@@ -149,18 +149,23 @@ def train_captioner(
     start: Annotated[
         Path | None, typer.Option("--from", help="LLaVA checkpoint folder to go on from.")
     ] = None,
+    teacher_steps: Annotated[
+        int, typer.Option(help="Steps of a convolutional teacher of the tower: 700 for few or natural pictures.")
+    ] = 0,
     tower_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone, first.")] = 850,
     steps: Annotated[int, typer.Option(help="Steps on captions.")] = 560,
     batch: Annotated[int, typer.Option()] = 64,
     lr: Annotated[float, typer.Option(help="Of AdamW; about 2e-5 with --from.")] = 2e-3,
+    shift: Annotated[int, typer.Option(help="Pixels that augmentation moves pictures by.")] = 2,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train the captioner on the training items of a data set; the last line is the record as JSON."""
     from trainer import captioner
 
     config = captioner.CaptionerConfig(
-        size=size, start=start, tower_steps=tower_steps, steps=steps, batch=batch, lr=lr, seed=seed
-    )
+        size=size, start=start, teacher_steps=teacher_steps, tower_steps=tower_steps, steps=steps, batch=batch, lr=lr,
+        shift=shift, seed=seed,
+    )  # fmt: skip
     typer.echo(json.dumps(captioner.train_captioner(data, out, config)))
 
 
@@ -187,6 +192,36 @@ def caption(
     typer.echo(json.dumps(quality))
 
 
+@app.command()
+def tokens(
+    captions: Annotated[Path, typer.Option(help="What `sightline caption` wrote.")] = Path(
+        "artifacts/captions.parquet"
+    ),
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="word, bigram, trigram, subword, slot, semantic, confidence, sample; give it several times."),
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="token_spec.json to measure; by default one is fitted.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="Of the captions, for slots: product, movie.")] = None,
+    length: Annotated[int, typer.Option(help="Ids per caption.")] = 32,
+    rows: Annotated[int, typer.Option(help="Of each hashed family.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the halves: fitted on one, measured on the other.")] = 0,
+) -> None:
+    """Rows, coverage, collisions and truncation of token families on captions; the last line is JSON."""
+    from rich.console import Console
+
+    from trainer.captioning import read_captions
+    from trainer.token_report import measure_tokens, table
+
+    found, _ = read_captions(captions)
+    statistics, document = measure_tokens(
+        list(found.values()), family or ["word", "bigram", "trigram"], spec=spec, grammar=grammar, length=length,
+        rows=rows, seed=seed,
+    )  # fmt: skip
+    Console(stderr=True, highlight=False).print(table(statistics))
+    typer.echo(json.dumps(document))
+
+
 @train.command("ranker")
 def train_ranker(
     data: Data = DATA,
@@ -195,8 +230,12 @@ def train_ranker(
     ),
     out: Annotated[Path, typer.Option(help="Folder of the ranker.")] = RANKER,
     arm: Annotated[
-        list[str] | None, typer.Option(help="ids, item_tokens, profile, tokens; the last one is kept.")
+        list[str] | None, typer.Option(help="ids, item_tokens, profile, tokens, negative; the last one is kept.")
     ] = None,
+    model: Annotated[str, typer.Option(help="dlrm, dcnv2, deepfm, din.")] = "dlrm",
+    token_weights: Annotated[
+        bool, typer.Option("--token-weights", help="Learn a weight per token of an item's caption.")
+    ] = False,
     seeds: Annotated[int, typer.Option(help="Per arm.")] = 2,
     epochs: Annotated[int, typer.Option(help="At most.")] = 4,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
@@ -207,8 +246,79 @@ def train_ranker(
 
     found, version = read_captions(captions)
     arms = tuple(arm) if arm else ("ids", "tokens")
-    config = ranker.RankerConfig(arms=arms, seeds=seeds, epochs=epochs, seed=seed)
+    config = ranker.RankerConfig(
+        arms=arms, model=model, token_weights=token_weights, seeds=seeds, epochs=epochs, seed=seed
+    )
     typer.echo(json.dumps(ranker.train_ranker(data, found, version, out, config)))
+
+
+@app.command("evaluate")
+def evaluate_content(
+    data: Data = DATA,
+    split: Annotated[str, typer.Option(help="cold (item k-fold), temporal (streaming), warm.")] = "cold",
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Give it several times; the first is the base of the lifts.")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Of the cold split.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Per arm and fold.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of folds and training.")] = 0,
+    model: Annotated[str, typer.Option(help="Ranker: dlrm, dcnv2, deepfm, din.")] = "dlrm",
+    small: Annotated[bool, typer.Option("--small", help="A few steps, to see that it works.")] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Keeps captioners and scores, so that a stopped run goes on.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+) -> None:
+    """Measure what content brings a ranker on held-out items or times; report with plots, the last line is JSON."""
+    from dataclasses import replace
+
+    from evaluation.harness import EvaluationConfig, evaluate
+    from evaluation.report import write_report
+    from sightline.demo import data_folder
+    from trainer.captioner import CaptionerConfig
+    from trainer.ranker import RankerConfig
+
+    folder = data_folder(data, Path("artifacts"))
+    config = EvaluationConfig(split=split, folds=folds, seeds=seeds, seed=seed)
+    config = replace(config, arms=tuple(arm) if arm else config.arms, ranker=replace(config.ranker, model=model))
+    if small:
+        tiny = CaptionerConfig(teacher_steps=4, tower_steps=4, steps=3, batch=8, eval_every=2)
+        config = replace(config, captioner=tiny, ranker=RankerConfig(epochs=1, model=model))
+    report = evaluate(
+        folder, work or Path("artifacts/evaluation") / folder.name, config,
+        progress=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    report["command"] = "sightline " + " ".join(sys.argv[1:])
+    for path in write_report(report, out or Path("artifacts/evaluation") / f"{folder.name}-{split}-{model}"):
+        typer.echo(path, err=True)
+    typer.echo(json.dumps(report))
+
+
+@app.command()
+def quality(
+    root: Annotated[Path, typer.Option(help="Where the run is kept; emptied first.")] = Path("artifacts/quality"),
+    small: Annotated[bool, typer.Option("--small", help="A few steps; the gates then fail.")] = False,
+) -> None:
+    """Run the demo's job afresh and hold it to the checked-in gates; exit code 1 if one fails. Last line JSON."""
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from evaluation.gates import GATES, check_gates
+    from sightline.demo import run_demo
+
+    shutil.rmtree(root, ignore_errors=True)
+    seed = json.loads(GATES.read_text())["seed"]
+    figures = run_demo(None, root, seed=seed, small=small)
+    gates = check_gates(figures)
+    table = Table("gate", "at least", "value", "pass", title="Quality gates")
+    for gate in gates:
+        table.add_row(gate["metric"], f"{gate['at_least']}", f"{gate['value']:.4f}", "yes" if gate["pass"] else "NO")
+    Console().print(table)
+    passed = all(gate["pass"] for gate in gates)
+    typer.echo(json.dumps({"pass": passed, "gates": gates, "seconds": figures["seconds"]["total"]}))
+    raise typer.Exit(0 if passed else 1)
 
 
 # --- build and release ------------------------------------------------------------------------------
@@ -416,6 +526,47 @@ def rank(context: typer.Context) -> None:
     from sightline_client.cli import main as client
 
     client(context.args, "sightline rank")
+
+
+@app.command()
+def explain(
+    user: Annotated[int, typer.Option(help="User id; an unknown one is scored as nobody in particular.")],
+    item: Annotated[int, typer.Option(help="Item id, unknown ones likewise.")],
+    caption: Annotated[str | None, typer.Option(help="The item's caption; by default that of --captions.")] = None,
+    captions: Annotated[Path, typer.Option(help="What `sightline caption` wrote.")] = Path(
+        "artifacts/captions.parquet"
+    ),
+    name: Annotated[str, typer.Option("--release", help="Release id.")] = "current",
+    releases: Releases = RELEASES,
+    context: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; 0 by default.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("artifacts/explain.png"),
+) -> None:
+    """Which words moved a score: each is taken away and the release's ranker asked again; the last line is JSON."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from trainer import explain as explaining
+
+    if caption is None:
+        from trainer.captioning import read_captions
+
+        found, _ = read_captions(captions)
+        if item not in found:
+            raise ConfigError(f"--item {item}: {captions} has no caption of it; give one with --caption TEXT")
+        caption = found[item]
+    explanation = explaining.explain(releases / name, user, item, caption, _numbers("--context", context))
+    Console(stderr=True, highlight=False).print(explaining.table(explanation))
+    explaining.plot(explanation, out)
+    typer.echo(json.dumps({**asdict(explanation), "picture": str(out)}))
+
+
+def _numbers(flag: str, values: list[str] | None) -> dict[str, int]:
+    pairs = _pairs(flag, values)
+    for name, value in pairs.items():
+        if not value.lstrip("-").isdecimal():
+            raise ConfigError(f"{flag}: expected NAME=VALUE with a whole number, got {name}={value}")
+    return {name: int(value) for name, value in pairs.items()}
 
 
 # --- benchmark --------------------------------------------------------------------------------------

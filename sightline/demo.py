@@ -122,7 +122,6 @@ def _configs(seed: int, small: bool) -> tuple[Any, Any]:
 
 
 def _data(source: Path | None, root: Path, seed: int, small: bool) -> Path:
-    from catalogue.importers import import_movielens
     from catalogue.synthetic import SyntheticConfig, generate
 
     if source is None:
@@ -136,6 +135,17 @@ def _data(source: Path | None, root: Path, seed: int, small: bool) -> Path:
         if not _holds(folder, {"seed": seed, "items": config.items, "users": config.users}):
             generate(folder, config)
         return folder
+    return data_folder(source, root)
+
+
+def data_folder(source: Path, root: Path) -> Path:
+    """A data set in Sightline's layout: `source` itself, or what is imported under `root` from the MovieLens layout.
+
+    Raises:
+        DataError: neither layout.
+    """
+    from catalogue.importers import import_movielens
+
     if (source / "items.parquet").exists():
         return source
     if (source / "ratings.csv").exists():

@@ -56,16 +56,26 @@ def tiny_captioner(folder: Path, seed: int = 0, *, version: str = "test-captione
     return folder
 
 
-def tiny_ranker(folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner") -> Path:
-    """A ranker folder with random weights: two known users, two known items, two context columns."""
+def tiny_ranker(
+    folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner", **options: Any
+) -> Path:
+    """A ranker folder with random weights: two known users, two known items, two context columns.
+
+    `options` go to RankerShape; without any it is a DLRM with all groups that a release serves.
+    """
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     # Trigrams, because a random captioner writes nothing that has words in common with real captions.
     spec = TokenSpec.fit(CAPTIONS, families=("word", "trigram"), length=TOKENS, min_count=1, rows=64)
     spec.save(folder / "token_spec.json")
     context = {"position": 4, "hour": 24}
-    shape = RankerShape(users=3, items=3, context=context, token_rows=spec.rows, dense=len(DENSE), dim=4)
-    torch.save(new_ranker(shape, seed).state_dict(), folder / "model.pt")
+    fixed = {"users": 3, "items": 3, "token_rows": spec.rows, "dense": len(DENSE), "dim": 4}
+    shape = RankerShape(**fixed | {"context": context, "user_negative": True} | options)
+    model = new_ranker(shape, seed)
+    with torch.no_grad():
+        for weight in model.features.parameters():
+            weight.normal_()  # attention and token weights start so that they change nothing
+    torch.save(model.state_dict(), folder / "model.pt")
     record = {
         "version": "test-ranker", "token_spec_version": spec.version, "captioner_version": captioner_version,
         "context": [{"name": name, "cardinality": n} for name, n in context.items()],
@@ -73,14 +83,15 @@ def tiny_ranker(folder: Path, seed: int = 0, *, captioner_version: str = "test-c
         "features": len(shape.features), "dim": shape.dim, "shape": shape.to_json(),
     }  # fmt: skip
     (folder / "ranker.json").write_text(json.dumps(record))
-    tokens = random.integers(1, spec.rows, (3, PROFILE))
     users = {
         "user_id": pa.array([0, 7, 42], pa.int64()),
         "user_index": pa.array([0, 1, 2], pa.int64()),
-        "profile_tokens": pa.array(tokens.tolist(), pa.list_(pa.int64())),
-        "profile_weights": pa.array(random.dirichlet(np.ones(PROFILE), 3).tolist(), pa.list_(pa.float32())),
         "dense": pa.array((3 * random.random((3, len(DENSE)))).tolist(), pa.list_(pa.float32())),
     }
+    for side in ("profile", "profile_negative"):
+        tokens, weights = random.integers(1, spec.rows, (3, PROFILE)), random.dirichlet(np.ones(PROFILE), 3)
+        users[f"{side}_tokens"] = pa.array(tokens.tolist(), pa.list_(pa.int64()))
+        users[f"{side}_weights"] = pa.array(weights.tolist(), pa.list_(pa.float32()))
     pq.write_table(pa.table(users), folder / "users.parquet")
     pq.write_table(pa.table({"item_id": [0, 5, 9], "item_index": [0, 1, 2]}), folder / "items.parquet")
     return folder

@@ -1,5 +1,8 @@
 """Train the captioner: first the vision tower on the words of the captions, then everything on the captions.
 
+Phase 0 (`teacher`, off by default) fits a small convolutional network to the words of the captions. On few natural
+pictures it sees what a transformer from scratch does not, and the tower then learns from its answers on mixtures of
+pictures (distillation; Beyer et al. 2022), instead of the labels (docs/log.md).
 Phase 1 (`tower`) follows SuperClass (Huang et al. 2024): the tower classifies which caption words a picture
 has, from max-pooled patch features. It costs a third of a captioning step and teaches the tower to see; a
 decoder attached from the start waits long for that (docs/log.md). The patch embedding starts from the
@@ -17,7 +20,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +54,10 @@ class CaptionerConfig:
 
     size: str = "tiny"
     start: Path | None = None  # `--from`: a LLaVA checkpoint folder to go on from
+    teacher_steps: int = 0  # of a convolutional teacher for the tower: for few or natural pictures
     tower_steps: int = 850
     steps: int = 560
+    shift: int = 2  # pixels, of augmentation
     batch: int = 64  # frames-weighted: a batch of n-frame videos has batch · 2 / (n + 1) items
     lr: float = 2e-3
     muon_lr: float = 0.02
@@ -69,14 +74,19 @@ class CaptionerConfig:
         for name in ("steps", "batch", "frames", "eval_every", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        if self.tower_steps < 0:
-            raise ConfigError(f"--tower-steps is {self.tower_steps}; expected 0 (none) or more")
+        for name in ("teacher_steps", "tower_steps", "shift"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 (none) or more")
         if not 0 < self.valid_share < 0.5:
             raise ConfigError(f"--valid-share is {self.valid_share}; expected a share between 0 and 0.5")
 
 
-def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str, Any]:
+def train_captioner(
+    data: Path, out: Path, config: CaptionerConfig, *, texts: Mapping[int, str] | None = None
+) -> dict[str, Any]:
     """Fit a captioner on the training items of the data set `data` and write it to the folder `out`.
+
+    With `texts`, on exactly these items with these captions: an evaluation has splits of its own.
 
     A run that was interrupted continues when called again with the same arguments; a finished one returns its
     record at once. Items after the split (`trainer.splits.training_items`) are never read.
@@ -89,7 +99,7 @@ def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str,
         DataError: no training item has both media and text.
     """
     read_record(data)  # says what is wrong with a folder that is no data set, before anything is made
-    plan = json.loads(json.dumps({**asdict(config), "data": _identity(data)}, default=str))
+    plan = json.loads(json.dumps({**asdict(config), "data": _identity(data, texts)}, default=str))
     out.mkdir(parents=True, exist_ok=True)
     if (out / "plan.json").exists() and json.loads((out / "plan.json").read_text()) != plan:
         raise ConfigError(f"{out} holds a run with other settings or data; choose another --out or remove it")
@@ -97,7 +107,7 @@ def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str,
     if (out / "record.json").exists():
         finished: dict[str, Any] = json.loads((out / "record.json").read_text())
         return finished
-    run = _Run(data, out, config)
+    run = _Run(data, out, config, texts)
     record = {**plan, **run.fit()}
     part = out / "record.json.part"
     part.write_text(json.dumps(record, indent=2))
@@ -107,12 +117,16 @@ def train_captioner(data: Path, out: Path, config: CaptionerConfig) -> dict[str,
 
 
 class _Run:
-    def __init__(self, data: Path, out: Path, config: CaptionerConfig) -> None:
+    def __init__(self, data: Path, out: Path, config: CaptionerConfig, texts: Mapping[int, str] | None) -> None:
         self.out, self.config = out, config
         items, interactions, record = read_items(data), read_interactions(data), read_record(data)
-        split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
-        may = training_items(items, interactions, record, split, config.seed)
-        text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+        if texts is None:
+            split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
+            may = training_items(items, interactions, record, split, config.seed)
+            text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+        else:
+            may = np.isin(items["item_id"].to_numpy(), list(texts))
+            text = dict(texts)
         ids = [int(i) for i in items["item_id"].to_numpy()[may] if text[int(i)]]
         if not ids:
             raise DataError(
@@ -148,7 +162,8 @@ class _Run:
         # elsewhere (skin tones, moods of posters) the caption would become wrong.
         named = self.targets.is_colour.any(1).float().mean()
         self.check = [int(i) for i in items["item_id"].to_numpy()[~may]][:CHECK_ITEMS]
-        self.augment = Augmentation() if named > 0.5 else Augmentation(colour_mix=0.0)
+        mix = Augmentation.colour_mix if named > 0.5 else 0.0
+        self.augment = Augmentation(shift=config.shift, colour_mix=mix, flip=not self.targets.sides)
 
     def fit(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -156,8 +171,13 @@ class _Run:
         history: dict[str, list[dict[str, float]]] = {}
         if config.start is None and config.tower_steps:
             start_tower(model, self.pixels, self.train, config.seed)
-            tower = _TowerClassifier(model, len(self.targets.words), config.frames)
-            history["tower"] = self._phase("tower", tower, config.tower_steps, self._tower_loss(tower))
+            words, teacher = len(self.targets.words), None
+            if config.teacher_steps:
+                teacher = _Words(_Convolutions(), _Convolutions.width, words, config.frames)
+                history["teacher"] = self._phase("teacher", teacher, config.teacher_steps, self._word_loss(teacher))
+            tower = _Words(_Patches(model), model.config.vision_config.hidden_size, words, config.frames)
+            history["tower"] = self._phase("tower", tower, config.tower_steps, self._word_loss(tower, teacher))
+            self._save_words(tower)
         # As in LLaVA, the tower is frozen once it can see; its backward pass would be a third of the time.
         model.model.vision_tower.requires_grad_(config.start is not None)
         history["caption"] = self._phase("caption", model, config.steps, self._caption_loss)
@@ -184,20 +204,40 @@ class _Run:
 
     # --- losses: (rows, generator of augmentation or None) → scalar ----------------------------------
 
-    def _tower_loss(
-        self, tower: _TowerClassifier
+    def _word_loss(
+        self, model: _Words, teacher: _Words | None = None
     ) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
+        """Which caption words a picture has. With a teacher its answers are the targets, also on mixtures of pictures,
+        of which there are as many as steps: labels of few pictures are learnt by heart."""
+
         def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
             x = self.pixels.batch(rows)
             true_colours = torch.ones(len(rows), dtype=torch.bool)
             if rng:
                 x, true_colours = self.augment(x, rng)
-            logits = tower(self.pixels.normalised(x), frames=x.shape[1])
-            lost = F.binary_cross_entropy_with_logits(logits, self.targets.bag(rows), reduction="none")
-            known = true_colours[:, None] | ~self.targets.word_is_colour
+            if rng and teacher is not None:
+                share = float(rng.beta(0.8, 0.8))
+                x = share * x + (1 - share) * x.roll(1, 0)
+                with torch.no_grad():
+                    target = torch.sigmoid(teacher(self.pixels.normalised(x), frames=x.shape[1]))
+                known = torch.ones_like(target, dtype=torch.bool)
+            else:
+                target = self.targets.bag(rows)
+                known = true_colours[:, None] | ~self.targets.word_is_colour
+            logits = model(self.pixels.normalised(x), frames=x.shape[1])
+            lost = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             return (lost * known).sum(1).mean()
 
         return loss
+
+    def _save_words(self, tower: _Words) -> None:
+        """`words.npz`: the classifier of caption words on the tower, and how frequent each word is in training."""
+        pieces = [self.tokenizer.id_to_token(int(word)) for word in self.targets.words]
+        rate = self.targets.bag(self.train).mean(0)
+        np.savez(
+            self.out / "words.npz", words=np.array(pieces), rate=rate.numpy(), frames=self.config.frames,
+            weight=tower.head.weight.detach().numpy(), bias=tower.head.bias.detach().numpy(),
+        )  # fmt: skip
 
     def _caption_loss(self, rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
         x = self.pixels.batch(rows)
@@ -233,6 +273,7 @@ class _Run:
         state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else None
         if state and state["phase"] != name and name in state["done"]:
             module.load_state_dict(state["done"][name]["model"], strict=False)
+            module.eval()
             return list(state["done"][name]["history"])
         if state and state["phase"] == name:
             module.load_state_dict(state["model"])
@@ -307,22 +348,59 @@ class _Run:
         save_captioner(self.model, tokenizer, self.out, version=version, frames=self.config.frames, **options)
 
 
-class _TowerClassifier(nn.Module):
+class _Words(nn.Module):
     """Which caption words an item has, from its frames in order; a picture counts as a still video."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, words: int, frames: int) -> None:
+    def __init__(self, body: nn.Module, width: int, words: int, frames: int) -> None:
         super().__init__()
-        self.tower = model.model.vision_tower
-        self.frames = frames
-        self.head = nn.Linear(frames * model.config.vision_config.hidden_size, words)
+        self.body, self.frames = body, frames
+        self.head = nn.Linear(frames * width, words)
 
     def forward(self, pixels: Tensor, frames: int) -> Tensor:
         """FP32 [B · frames, 3, H, W] → logits FP32 [B, words]."""
-        patches = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the class token
-        pooled = patches.amax(1).unflatten(0, (-1, frames))  # [B, frames, width]
+        pooled = self.body(pixels).unflatten(0, (-1, frames))  # [B, frames, width]
         in_order = torch.linspace(0, frames - 1, self.frames).round().long()
         logits: Tensor = self.head(pooled[:, in_order].flatten(1))
         return logits
+
+
+class _Patches(nn.Module):
+    """The vision tower, max-pooled over patches: pixels [N, 3, H, W] → [N, width]."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled: Tensor = self.tower(pixel_values=pixels).last_hidden_state[:, 1:].amax(1)  # without the class token
+        return pooled
+
+
+class _Convolutions(nn.Sequential):
+    """A small residual network (He et al. 2016): pixels [N, 3, H, W] → [N, 128].
+
+    On a few thousand natural pictures it learns what a transformer from scratch does not, and can teach it.
+    """
+
+    width = 128
+
+    def __init__(self) -> None:
+        stem = [nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        blocks = [_Residual(32, 32), _Residual(32, 64), _Residual(64, self.width)]
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3))
+
+
+class _Residual(nn.Module):
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(into, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.skip = nn.Conv2d(into, out, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.main(x) + self.skip(x))
 
 
 @torch.no_grad()
@@ -358,7 +436,8 @@ def image_tokens(model: LlavaForConditionalGeneration) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def _identity(data: Path) -> str:
-    """A data set's identity for resuming: its record, and its items' size."""
+def _identity(data: Path, texts: Mapping[int, str] | None) -> str:
+    """A data set's identity for resuming: its record, its items' size, and the captions where they were chosen."""
     stat = (data / "items.parquet").stat()
-    return hashlib.sha256((data / "dataset.json").read_bytes() + str(stat.st_size).encode()).hexdigest()[:12]
+    chosen = "" if texts is None else json.dumps(sorted(texts.items()))
+    return hashlib.sha256((data / "dataset.json").read_bytes() + f"{stat.st_size}{chosen}".encode()).hexdigest()[:12]

@@ -80,10 +80,13 @@ class Augmentation:
 
     shift: int = 2  # pixels
     colour_mix: float = 0.35
+    flip: bool = False  # mirror half of the batches; wrong where captions say left and right
 
     def __call__(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """x FP32 [B, n, 3, H, W] → the same shape, and bool [B]: are the colours still true?"""
         b, n, _, h, w = x.shape
+        if self.flip and rng.uniform() < 0.5:
+            x = x.flip(-1)
         if self.shift:
             s = self.shift
             padded = F.pad(x.flatten(0, 1), (s, s, s, s), mode="replicate").unflatten(0, (b, n))
@@ -111,6 +114,7 @@ class Targets:
         self.is_colour = torch.isin(self.ids, whole)
         words = torch.bincount(self.ids[self.ids >= 0])
         words[end_id] = 0
+        self.sides = any(side in caption.split() for caption in captions for side in ("left", "right"))
         self.words = torch.nonzero(words >= 5).flatten()  # ids frequent enough to be a class, int64 [W]
         self.word_is_colour = torch.isin(self.words, whole)
 

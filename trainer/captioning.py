@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,57 @@ def caption_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> dict[in
             progress.update(len(rows))
     progress.close()
     return captions
+
+
+# Bins of a word's confidence: how many times its share of the training captions its probability is.
+CONFIDENCE_BINS = (1.2, 1.5, 2.0, 3.0, 5.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a captioner has to say of items.
+
+    Attributes:
+        ids: int64 [n].
+        captions: greedy.
+        vectors: FP32 [n, D], the vision tower's patches averaged over patches and frames.
+        confidences: per item, word → bin from 1 (`CONFIDENCE_BINS[0]` times its usual share) on; none where the folder
+            has no word classifier.
+    """
+
+    ids: np.ndarray
+    captions: list[str]
+    vectors: np.ndarray
+    confidences: list[dict[str, int]]
+
+
+@torch.inference_mode()
+def describe_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> Described:
+    """Caption, content vector and word confidences of decoded media."""
+    model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
+    words = np.load(captioner / "words.npz") if (captioner / "words.npz").exists() else None
+    vectors = np.zeros((len(pixels), model.config.vision_config.hidden_size), np.float32)
+    confidences: list[dict[str, int]] = [{} for _ in range(len(pixels))]
+    for group in pixels.by_length(np.arange(len(pixels))):
+        frames = int(pixels.counts[group[0]])
+        for rows in np.array_split(group, -(-len(group) * frames // batch)):
+            states = model.model.vision_tower(
+                pixel_values=pixels.normalised(pixels.batch(rows))
+            ).last_hidden_state[:, 1:]
+            vectors[rows] = states.mean(1).unflatten(0, (-1, frames)).mean(1).numpy()
+            if words is not None:
+                pooled = states.amax(1).unflatten(0, (-1, frames))  # [B, frames, width]
+                in_order = np.linspace(0, frames - 1, int(words["frames"])).round().astype(np.int64)
+                logits = pooled[:, in_order].flatten(1).numpy() @ words["weight"].T + words["bias"]
+                ratio = 1 / (1 + np.exp(-logits)) / (words["rate"] + 0.01)
+                for row, bins in zip(rows, np.digitize(ratio, CONFIDENCE_BINS), strict=True):
+                    found = {str(words["words"][at]).replace("▁", ""): int(bins[at]) for at in np.flatnonzero(bins)}
+                    confidences[row] = {word: level for word, level in found.items() if word.isalnum()}
+    captions = caption_pixels(captioner, pixels, batch)
+    return Described(
+        ids=np.array(pixels.ids, np.int64), captions=[captions[item] for item in pixels.ids], vectors=vectors,
+        confidences=confidences,
+    )  # fmt: skip
 
 
 def write_captions(path: Path, captions: dict[int, str], version: str) -> None:

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from sightline.errors import DataError
 from sightline.profile import DENSE, UserProfiles
 from sightline.schema import CONTEXT_PREFIX, stream_interactions
-from trainer.splits import Split
+from trainer.splits import Rows
 
-TRAIN, VALID, TEST = 0, 1, 2
 BATCH_ROWS = 16384
 
 
@@ -46,9 +45,10 @@ class Columns:
     items: Vocabulary
 
     @classmethod
-    def of(cls, interactions: pa.Table, split: Split) -> Columns:
-        """Vocabularies from the training rows alone; context cardinalities too, larger values are clipped."""
-        train = interactions.filter(pc.less(interactions["timestamp"].cast(pa.int64()), split.test_from))
+    def of(cls, interactions: pa.Table, split: Rows) -> Columns:
+        """Vocabularies from the rows that may be fitted on; context cardinalities too, larger values are clipped."""
+        time = np.asarray(interactions["timestamp"].cast(pa.int64()).to_numpy())
+        train = interactions.filter(pa.array(split.assign(0, time).fitted))
         context = {
             name.removeprefix(CONTEXT_PREFIX): int(pc.max(train[name]).as_py()) + 1
             for name in interactions.column_names
@@ -77,22 +77,30 @@ def write_examples(
     data: Path,
     out: Path,
     columns: Columns,
-    split: Split,
+    split: Rows,
     item_tokens: dict[int, np.ndarray],
     profiles: UserProfiles,
+    history_tokens: dict[int, np.ndarray] | None = None,
 ) -> None:
     """Write `examples.parquet`: one row per interaction, with the user's profile as it was just before it.
 
+    An event's strength in the profiles is 2 · label − 1: a label of 1 is a like of strength 1, one of 0 a dislike.
+
+    Labels that `split` hides are written as NaN.
+
     Args:
         item_tokens: item_id → int64 [L]; items without a caption are absent.
+        history_tokens: the same for items in histories, where they are others.
         profiles: empty; afterwards it holds every user's state at the end of the log.
     """
     nothing = np.zeros(0, dtype=np.int64)
+    remembered = item_tokens if history_tokens is None else history_tokens
+    start = 0
     length = profiles.config.length
     part = out.with_suffix(".part")
     writer: pq.ParquetWriter | None = None
-    last = -1
-    pending: list[tuple[int, np.ndarray, bool]] = []
+    last = np.iinfo(np.int64).min
+    pending: list[tuple[int, np.ndarray, float]] = []
     progress = tqdm(desc="examples", unit="row", mininterval=1)
     try:
         for batch in stream_interactions(data, BATCH_ROWS):
@@ -102,32 +110,37 @@ def write_examples(
                     f"{data}/interactions.parquet: expected rows in time order; sort them by timestamp"
                 )
             users, items, labels = (batch[c].to_numpy() for c in ("user_id", "item_id", "label"))
-            tokens = np.zeros((len(users), length), np.int32)
-            weights = np.zeros((len(users), length), np.float32)
+            tokens, negative_tokens = (np.zeros((len(users), length), np.int32) for _ in range(2))
+            weights, negative_weights = (np.zeros((len(users), length), np.float32) for _ in range(2))
             dense = np.zeros((len(users), len(DENSE)), np.float32)
-            for row, (now, user, item, label) in enumerate(
-                zip(time.tolist(), users.tolist(), items.tolist(), labels.tolist(), strict=True)
+            strengths = 2 * labels - 1
+            rows = split.assign(start, time)
+            start += len(time)
+            for row, (now, user, item, strength) in enumerate(
+                zip(time.tolist(), users.tolist(), items.tolist(), strengths.tolist(), strict=True)
             ):
                 if now > last:  # events of one instant do not see each other
                     for event in pending:
-                        profiles.observe(event[0], event[1], positive=event[2])
+                        profiles.observe(event[0], event[1], strength=event[2])
                     pending, last = [], now
                 profile = profiles.read(user)
                 tokens[row], weights[row], dense[row] = profile.tokens, profile.weights, profile.dense
-                pending.append((user, item_tokens.get(item, nothing), label > 0))
+                negative_tokens[row], negative_weights[row] = profile.negative_tokens, profile.negative_weights
+                if rows.history[row]:
+                    pending.append((user, remembered.get(item, nothing), strength))
             table = pa.table(
                 {
                     "user_id": users,
                     "item_id": items,
-                    "label": labels,
-                    "part": np.where(
-                        time < split.valid_from, TRAIN, np.where(time < split.test_from, VALID, TEST)
-                    ),
+                    "label": np.where(rows.hidden, np.float32("nan"), labels.astype(np.float32)),
+                    "part": rows.part,
                     "user_index": columns.users.index(users),
                     "item_index": columns.items.index(items),
                     "context": _fixed(context_of(batch, columns)),
                     "profile_tokens": _fixed(tokens),
                     "profile_weights": _fixed(weights),
+                    "profile_negative_tokens": _fixed(negative_tokens),
+                    "profile_negative_weights": _fixed(negative_weights),
                     "dense": _fixed(dense),
                 }
             )
@@ -135,7 +148,7 @@ def write_examples(
             writer.write_table(table)
             progress.update(len(users))
         for event in pending:
-            profiles.observe(event[0], event[1], positive=event[2])
+            profiles.observe(event[0], event[1], strength=event[2])
     finally:
         progress.close()
         if writer:
@@ -157,26 +170,34 @@ class Batch:
     item_tokens: np.ndarray  # int64 [B, L]
     profile_tokens: np.ndarray  # int64 [B, K]
     profile_weights: np.ndarray  # FP32 [B, K]
+    profile_negative_tokens: np.ndarray  # int64 [B, K]
+    profile_negative_weights: np.ndarray  # FP32 [B, K]
     dense: np.ndarray  # FP32 [B, n]
-    label: np.ndarray  # FP32 [B]
+    item_vector: np.ndarray  # FP32 [B, V]
+    label: np.ndarray  # FP32 [B], or [B, tasks] where NaN says that a task's label is not known
     user_id: np.ndarray  # int64 [B]
     item_id: np.ndarray  # int64 [B]
+
+
+# Arrays by item id: ids int64 [n] ascending, and a row for each [n, …].
+ItemTable = tuple[np.ndarray, np.ndarray]
 
 
 def stream_examples(
     path: Path,
     parts: Sequence[int],
-    token_table: tuple[np.ndarray, np.ndarray],
+    token_table: ItemTable,
     batch_size: int,
     shuffle: np.random.Generator | None = None,
     buffer_rows: int = 131_072,
+    vectors: ItemTable | None = None,
 ) -> Iterator[Batch]:
     """Stream batches; with `shuffle`, row groups come in random order and rows are mixed within a buffer.
 
     Args:
-        token_table: item ids ascending int64 [n] and their tokens int64 [n, L]; other items get zeros.
+        token_table: items' tokens, int64 [n, L]; items that are not in it get zeros.
+        vectors: items' dense content vectors, FP32 [n, V]; likewise. Without it V is 0.
     """
-    item_ids, item_tokens = token_table
     file = pq.ParquetFile(path)
     groups = np.arange(file.num_row_groups)
     if shuffle is not None:
@@ -199,10 +220,18 @@ def stream_examples(
         for start in range(0, len(order), batch_size):
             take = order[start : start + batch_size]
             chosen = {name: values[take] for name, values in columns.items()}
-            at = np.minimum(np.searchsorted(item_ids, chosen["item_id"]), len(item_ids) - 1)
-            known = item_ids[at] == chosen["item_id"]
-            chosen["profile_tokens"] = chosen["profile_tokens"].astype(np.int64)
-            yield Batch(item_tokens=item_tokens[at] * known[:, None], **chosen)
+            for name in ("profile_tokens", "profile_negative_tokens"):
+                chosen[name] = chosen[name].astype(np.int64)
+            items = chosen["item_id"]
+            vector = np.zeros((len(items), 0), np.float32) if vectors is None else _rows_of(vectors, items)
+            yield Batch(item_tokens=_rows_of(token_table, items), item_vector=vector, **chosen)
+
+
+def _rows_of(table: ItemTable, items: np.ndarray) -> np.ndarray:
+    """Rows of the items, zeros for those that are not in the table."""
+    ids, values = table
+    at = np.minimum(np.searchsorted(ids, items), len(ids) - 1)
+    return values[at] * (ids[at] == items)[:, None]
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

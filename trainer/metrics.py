@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
@@ -25,6 +26,12 @@ GRAMMARS: dict[str, Callable[[str], Slots]] = {
     "movie": movie_slots,
     "words": word_slots,
 }
+
+
+def grammar_of(record: Mapping[str, Any]) -> Callable[[str], Slots] | None:
+    """The grammar that a data set's captions follow; None where they are free text."""
+    name = record.get("grammar", "words")
+    return None if name == "words" else GRAMMARS[name]
 
 
 def caption_metrics(
@@ -98,21 +105,28 @@ def lift_interval(
     base: Sequence[np.ndarray],
     other: Sequence[np.ndarray],
     *,
+    item: np.ndarray | None = None,
     draws: int = 200,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of the relative AUC lift (%) of `other` over `base`: paired bootstrap over users.
+    """95 % interval of the relative AUC lift (%) of `other` over `base`: paired bootstrap over users, or two-way.
 
     A draw takes users with replacement, keeps all their rows, and scores both arms on the same users; arms
-    are averaged over their seeds (`base[s]`, `other[s]`: scores [rows]).
+    are averaged over their seeds (`base[s]`, `other[s]`: scores [rows]). With `item` (ids [rows]) it takes items
+    with replacement, too, and a row counts as often as its user times its item was drawn (the pigeonhole bootstrap of
+    Owen 2007, which is conservative): rows of one item share that item's luck.
     """
     arms = [[_WeightedAuc(label, scores) for scores in arm] for arm in (base, other)]
-    _, index = np.unique(user, return_inverse=True)
-    users = int(index.max()) + 1
+    factors = [np.unique(ids, return_inverse=True)[1] for ids in (user, item) if ids is not None]
     rng = np.random.default_rng([seed, 6])
     lifts = []
-    for _ in range(draws):
-        weight = np.bincount(rng.integers(users, size=users), minlength=users)[index]
+    while len(lifts) < draws:
+        weight = np.ones(len(label), np.int64)
+        for index in factors:
+            count = int(index.max()) + 1
+            weight = weight * np.bincount(rng.integers(count, size=count), minlength=count)[index]
+        if not 0 < (weight * (label > 0)).sum() < weight.sum():
+            continue  # a draw with one label has no AUC
         a, b = (np.mean([auc(weight) for auc in arm]) for arm in arms)
         lifts.append(relative_lift(float(b), float(a)))
     low, high = np.percentile(lifts, [2.5, 97.5])

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torchrec.models.dlrm import DLRM
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from tqdm import tqdm
 
@@ -27,18 +27,20 @@ from sightline.profile import DENSE, ProfileConfig, UserProfiles
 from sightline.schema import read_interactions, read_items, read_record
 from sightline.tokens import Kind, TokenSpec
 from trainer import metrics
-from trainer.examples import TEST, TRAIN, VALID, Batch, Columns, stream_examples, write_examples
-from trainer.ranker_model import RankerShape, jagged, new_ranker
-from trainer.splits import Split, micros, training_items
+from trainer.examples import Batch, Columns, ItemTable, stream_examples, write_examples
+from trainer.metrics import grammar_of
+from trainer.ranker_model import MODELS, Ranker, RankerShape, new_ranker
+from trainer.splits import TEST, TRAIN, VALID, Split, micros, training_items
 
 log = logging.getLogger(__name__)
 
-# arm → (item tokens?, user profile?)
-ARMS: dict[str, tuple[bool, bool]] = {
-    "ids": (False, False),
-    "item_tokens": (True, False),
-    "profile": (False, True),
-    "tokens": (True, True),
+# arm → RankerShape's feature groups that it has beside ids and context
+ARMS: dict[str, tuple[str, ...]] = {
+    "ids": (),
+    "item_tokens": ("item_tokens",),
+    "profile": ("user_profile",),
+    "positive": ("item_tokens", "user_profile"),
+    "tokens": ("item_tokens", "user_profile", "user_negative"),
 }
 
 
@@ -47,11 +49,13 @@ class RankerConfig:
     """One comparison of arms; the first seed of the last arm becomes the ranker folder."""
 
     arms: tuple[str, ...] = ("ids", "tokens")
+    model: str = "dlrm"
     seeds: int = 2
-    families: tuple[Kind, ...] = ("word", "bigram")
+    families: tuple[Kind, ...] = ("slot",)  # profiles are made of the first one's tokens
     token_rows: int = 2048  # per hashed family
     token_length: int = 24
     profile_length: int = 24
+    token_weights: bool = False  # learn a weight per token for the pooled item tokens
     dim: int = 16
     epochs: int = 4
     batch: int = 1024
@@ -65,11 +69,18 @@ class RankerConfig:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ConfigError(f"--arm is {', '.join(unknown) or 'empty'}; expected some of {', '.join(ARMS)}")
+        if self.model not in MODELS:
+            raise ConfigError(f"--model is {self.model!r}; expected one of {', '.join(MODELS)}")
         for name in ("seeds", "token_rows", "token_length", "profile_length", "dim", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.id_dropout < 1:
             raise ConfigError(f"--id-dropout is {self.id_dropout}; expected a share from 0 to below 1")
+
+    @property
+    def table_options(self) -> dict[str, float]:
+        """Of row-wise Adagrad. `eps` is named because TorchRec's plain and fused forms have other defaults."""
+        return {"lr": self.table_lr, "eps": 1e-8}
 
 
 def train_ranker(
@@ -89,6 +100,67 @@ def train_ranker(
         relative lifts over the first arm with 95 % intervals; also in `out/record.json`.
     """
     began = time.monotonic()
+    made = prepare(data, captions, out, config)
+    test = _Test(out / "examples.parquet", made.table, made.columns)
+    results: dict[str, dict[str, Any]] = {}
+    scores: dict[str, list[np.ndarray]] = {}
+    chosen: Ranker | None = None
+    for arm in config.arms:
+        shape = made.shape(config, arm)
+        scores[arm] = []
+        for seed in range(config.seeds):
+            model, history = fit(shape, out / "examples.parquet", made.table, config, config.seed + seed, arm)
+            scores[arm].append(predict(model, shape, test.batches()))
+            if arm == config.arms[-1] and seed == 0:
+                chosen = model
+            results.setdefault(arm, {"history": []})["history"].append(history)
+    assert chosen is not None
+    for arm in config.arms:
+        results[arm]["cuts"] = test.metrics(scores[arm])
+    base = config.arms[0]
+    lifts = {arm: test.lifts(scores[base], scores[arm]) for arm in config.arms[1:]}
+
+    version = write_ranker(out, chosen.state_dict(), chosen.shape, made, captioner_version)
+    report = {
+        "version": version,
+        "config": asdict(config),
+        "split": asdict(made.split),
+        "token_spec_version": made.spec.version,
+        "captioner_version": captioner_version,
+        "cuts": {name: int(mask.sum()) for name, mask in test.cuts.items()},
+        "arms": results,
+        "lift_percent": lifts,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    (out / "record.json").write_text(json.dumps(report, indent=2))
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What all arms share. The examples themselves are in `examples.parquet`."""
+
+    split: Split
+    columns: Columns
+    spec: TokenSpec
+    table: ItemTable  # item ids and their tokens
+    profiles: UserProfiles  # as of the end of the log
+
+    def shape(self, config: RankerConfig, arm: str) -> RankerShape:
+        groups = {group: group in ARMS[arm] for group in ("item_tokens", "user_profile", "user_negative")}
+        return RankerShape(
+            users=self.columns.users.rows, items=self.columns.items.rows, context=self.columns.context,
+            token_rows=self.spec.rows, dense=len(DENSE), dim=config.dim, model=config.model,
+            token_weights=config.token_weights and groups["item_tokens"], **groups,
+        )  # fmt: skip
+
+
+def prepare(data: Path, captions: dict[int, str], out: Path, config: RankerConfig) -> Prepared:
+    """Fit the token spec on captions of training items, and write `out/examples.parquet`.
+
+    Raises:
+        DataError: the data set has no interactions.
+    """
     out.mkdir(parents=True, exist_ok=True)
     items, interactions, record = read_items(data), read_interactions(data), read_record(data)
     if interactions.num_rows == 0:
@@ -103,57 +175,14 @@ def train_ranker(
     spec = TokenSpec.fit(
         [caption for item, caption in captions.items() if item in fit_on],
         families=config.families, length=config.token_length, rows=config.token_rows, seed=config.seed,
+        slots=grammar_of(record),
     )  # fmt: skip
     ids = np.array(sorted(captions), dtype=np.int64)
     table = (ids, spec.encode_batch([captions[i] for i in ids.tolist()]))
     profiles = UserProfiles(ProfileConfig(length=config.profile_length), spec.ids_of(config.families[0]))
-    write_examples(
-        data,
-        out / "examples.parquet",
-        columns,
-        split,
-        dict(zip(ids.tolist(), table[1], strict=True)),
-        profiles,
-    )
-
-    test = _Test(out / "examples.parquet", table, columns)
-    results: dict[str, dict[str, Any]] = {}
-    scores: dict[str, list[np.ndarray]] = {}
-    chosen: tuple[DLRM, RankerShape] | None = None
-    for arm in config.arms:
-        item_tokens, user_profile = ARMS[arm]
-        shape = RankerShape(
-            users=columns.users.rows, items=columns.items.rows, context=columns.context, token_rows=spec.rows,
-            dense=len(DENSE), dim=config.dim, item_tokens=item_tokens, user_profile=user_profile,
-        )  # fmt: skip
-        scores[arm] = []
-        for seed in range(config.seeds):
-            model, history = _fit(shape, out / "examples.parquet", table, config, config.seed + seed, arm)
-            scores[arm].append(_predict(model, shape, test.batches()))
-            if arm == config.arms[-1] and seed == 0:
-                chosen = (model, shape)
-            results.setdefault(arm, {"history": []})["history"].append(history)
-    assert chosen is not None
-    for arm in config.arms:
-        results[arm]["cuts"] = test.metrics(scores[arm])
-    base = config.arms[0]
-    lifts = {arm: test.lifts(scores[base], scores[arm]) for arm in config.arms[1:]}
-
-    version = _write_folder(out, chosen, spec, columns, profiles, captioner_version)
-    write_check(out, next(test.batches()))
-    report = {
-        "version": version,
-        "config": asdict(config),
-        "split": asdict(split),
-        "token_spec_version": spec.version,
-        "captioner_version": captioner_version,
-        "cuts": {name: int(mask.sum()) for name, mask in test.cuts.items()},
-        "arms": results,
-        "lift_percent": lifts,
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    (out / "record.json").write_text(json.dumps(report, indent=2))
-    return report
+    tokens = dict(zip(ids.tolist(), table[1], strict=True))
+    write_examples(data, out / "examples.parquet", columns, split, tokens, profiles)
+    return Prepared(split=split, columns=columns, spec=spec, table=table, profiles=profiles)
 
 
 def bayes_auc(data: Path) -> dict[str, float] | None:
@@ -219,53 +248,113 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
         "item_tokens",
         "profile_tokens",
         "profile_weights",
+        "profile_negative_tokens",
+        "profile_negative_weights",
+        "item_vector",
         "dense",
     )
     return {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in names}
 
 
-def _fit(
-    shape: RankerShape,
-    path: Path,
-    table: tuple[np.ndarray, np.ndarray],
-    config: RankerConfig,
-    seed: int,
-    arm: str,
-) -> tuple[DLRM, list[dict[str, float]]]:
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One process's part of every batch: rows rank, rank + ranks, …"""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, batch: Batch) -> Batch:
+        """This process's rows. All get the same number: missing ones are copies whose label is not known (NaN)."""
+        if self.ranks == 1:
+            return batch
+        rows = len(batch.user_id)
+        at = np.arange(self.rank, -(-rows // self.ranks) * self.ranks, self.ranks)
+        taken = {name: values[np.minimum(at, rows - 1)] for name, values in vars(batch).items()}
+        taken["label"][at >= rows] = np.nan
+        return Batch(**taken)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over the processes."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+
+def fit(
+    shape: RankerShape, path: Path, table: ItemTable, config: RankerConfig, seed: int, name: str, *,
+    vectors: ItemTable | None = None,
+) -> tuple[Ranker, list[dict[str, float]]]:  # fmt: skip
+    """Train one ranker on the training rows of an examples file; early stopping looks at the validation rows.
+
+    Args:
+        path: what `write_examples` wrote; the columns `label` and `part` may be others than that.
+        table: item ids ascending int64 [n], their tokens int64 [n, L].
+        name: of the progress bar.
+        vectors: item ids ascending int64 [m], their content vectors FP32 [m, V], for `shape.item_vector` = V.
+
+    Returns:
+        The ranker with the weights of its best epoch; per epoch its mean training and validation loss in nats.
+
+    Raises:
+        DataError: the file has no training rows, or no validation rows.
+    """
     model = new_ranker(shape, seed)
-    is_table = {id(p) for p in model.sparse_arch.parameters()}
-    optimizers = [
-        RowWiseAdagrad(model.sparse_arch.parameters(), lr=config.table_lr),
-        torch.optim.Adam([p for p in model.parameters() if id(p) not in is_table], lr=config.lr),
-    ]
+    history = optimise(model, optimizer(model, config), path, table, config, seed, name, vectors=vectors)
+    return model.eval(), history
+
+
+def optimizer(model: Ranker, config: RankerConfig) -> torch.optim.Optimizer:
+    """Row-wise Adagrad for tables, Adam for the rest.
+
+    The tables are replaced by TorchRec's fused ones, which update rows inside of the backward pass and touch only those
+    that a batch has. What is returned steps the rest.
+    """
+    tables = {id(table) for table in model.tables().values()}
+    dense = [p for p in model.parameters() if id(p) not in tables]
+    for name in ("bags", "sequences"):
+        if (plain := getattr(model, name)) is not None:
+            fused = FusedEmbeddingBagCollection(
+                tables=plain.embedding_bag_configs(), optimizer_type=RowWiseAdagrad,
+                optimizer_kwargs=config.table_options, is_weighted=plain.is_weighted(),
+            )  # fmt: skip
+            fused.load_state_dict(plain.state_dict())
+            setattr(model, name, fused)
+    return torch.optim.Adam(dense, lr=config.lr)
+
+
+def optimise(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, table: ItemTable,
+    config: RankerConfig, seed: int, name: str, *, vectors: ItemTable | None = None, shard: Shard | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """The training loop of `fit`, on one process or as one `shard` of several; leaves the best epoch's weights."""
+    shard = shard or Shard()
     history: list[dict[str, float]] = []
     best, stale, kept = float("inf"), 0, {}
     for epoch in range(config.epochs):
         rng = np.random.default_rng([seed, 8, epoch])
         model.train()
-        total = rows = 0.0
-        progress = tqdm(desc=f"{arm} seed {seed} epoch {epoch}", unit="row", mininterval=2, leave=False)
-        for batch in stream_examples(path, (TRAIN,), table, config.batch, shuffle=rng):
-            inputs = tensors(batch)
-            # Dropped ids train row 0, which then stands for users and items that training never saw.
-            for name in ("user_index", "item_index"):
-                dropped = torch.from_numpy(rng.uniform(size=len(batch.label)) < config.id_dropout)
-                inputs[name] = inputs[name].masked_fill(dropped, 0)
-            logits = model(inputs["dense"], jagged(shape, inputs)).squeeze(1)
-            loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.label))
-            for optimizer in optimizers:
+        total = known = 0.0
+        with tqdm(
+            desc=f"{name} seed {seed} epoch {epoch}", unit="row", mininterval=2, leave=False, disable=shard.rank > 0
+        ) as progress:
+            for whole in stream_examples(path, (TRAIN,), table, config.batch, shuffle=rng, vectors=vectors):
+                batch = shard.of(_drop_ids(whole, rng, config.id_dropout))
+                labels = int(np.isfinite(whole.label).sum())
+                loss = _loss(model, batch)
                 optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
+                # Gradients of several processes are averaged: so this is the mean over the whole batch.
+                (loss * (shard.ranks / max(1, labels))).backward()
                 optimizer.step()
-            total, rows = total + float(loss.detach()) * len(batch.label), rows + len(batch.label)
-            progress.update(len(batch.label))
-        progress.close()
-        valid = list(stream_examples(path, (VALID,), table, 8192))
-        predicted = _predict(model, shape, iter(valid))
-        label = np.concatenate([b.label for b in valid])
-        valid_loss = float(F.binary_cross_entropy(torch.from_numpy(predicted), torch.from_numpy(label)))
-        history.append({"epoch": epoch, "train_loss": total / rows, "valid_loss": valid_loss})
+                total, known = total + float(loss.detach()), known + labels
+                progress.update(len(whole.label))
+        valid_loss = _mean_loss(model, stream_examples(path, (VALID,), table, 8192, vectors=vectors), shard)
+        if not known or np.isnan(valid_loss):
+            raise DataError(
+                f"{path}: expected labelled rows for training and validation, one of the two parts has none; "
+                "give a longer log or another split"
+            )
+        history.append({"epoch": epoch, "train_loss": shard.total(total)[0] / known, "valid_loss": valid_loss})
         if valid_loss < best:
             best, stale = valid_loss, 0
             kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -274,36 +363,64 @@ def _fit(
             if stale > config.patience:
                 break
     model.load_state_dict(kept)
-    return model.eval(), history
+    return history
+
+
+def _drop_ids(batch: Batch, rng: np.random.Generator, share: float) -> Batch:
+    """Dropped ids train row 0, which then stands for users and items that training never saw."""
+    user, item = (
+        np.where(rng.uniform(size=len(index)) < share, 0, index) for index in (batch.user_index, batch.item_index)
+    )
+    return replace(batch, user_index=user, item_index=item)
+
+
+def _loss(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy in nats, summed over the labels that are known."""
+    logits = model(tensors(batch))
+    label = torch.from_numpy(batch.label).view_as(logits)
+    return F.binary_cross_entropy_with_logits(
+        logits, label.nan_to_num(), weight=label.isfinite().float(), reduction="sum"
+    )
 
 
 @torch.no_grad()
-def _predict(model: DLRM, shape: RankerShape, batches: Iterator[Batch]) -> np.ndarray:
-    """Click probabilities FP32 [rows]."""
+def _mean_loss(model: torch.nn.Module, batches: Iterable[Batch], shard: Shard) -> float:
+    """NaN without any labels."""
     model.eval()
-    scores = []
-    for batch in batches:
-        inputs = tensors(batch)
-        scores.append(torch.sigmoid(model(inputs["dense"], jagged(shape, inputs)).squeeze(1)).numpy())
-    return np.concatenate(scores)
+    total = known = 0.0
+    for whole in batches:
+        total += float(_loss(model, shard.of(whole)))
+        known += float(np.isfinite(whole.label).sum())
+    return shard.total(total)[0] / known if known else float("nan")
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, shape: RankerShape, batches: Iterable[Batch]) -> np.ndarray:
+    """Probabilities FP32 [rows]; [rows, tasks] where the ranker has several tasks."""
+    model.eval()
+    scores = np.concatenate([torch.sigmoid(model(tensors(batch))).numpy() for batch in batches])
+    return scores[:, 0] if shape.tasks == 1 else scores
 
 
 def write_check(out: Path, batch: Batch) -> None:
     """`check.npz`: held-out rows as the exported graphs take them, and `label`. A build measures on them what a
     lower precision costs."""
-    inputs = {name.upper(): value.numpy() for name, value in tensors(batch).items()}
+    inputs = {name.upper(): value.numpy() for name, value in tensors(batch).items() if value.shape[-1]}
     for name in ("USER_INDEX", "ITEM_INDEX"):
         inputs[name] = inputs[name].reshape(-1, 1)
     np.savez_compressed(out / "check.npz", label=batch.label, **inputs)
 
 
-def _write_folder(
-    out: Path, chosen: tuple[DLRM, RankerShape], spec: TokenSpec, columns: Columns, profiles: UserProfiles,
-    captioner_version: str,
-) -> str:  # fmt: skip
-    """model.pt, ranker.json, token_spec.json, users.parquet, items.parquet. Returns the version."""
-    model, shape = chosen
-    torch.save(model.state_dict(), out / "model.pt")
+def write_ranker(
+    out: Path, weights: dict[str, Tensor], shape: RankerShape, made: Prepared, captioner_version: str
+) -> str:
+    """The ranker folder: model.pt, ranker.json, token_spec.json, users.parquet, items.parquet, check.npz.
+
+    Returns:
+        Its version.
+    """
+    columns, spec, profiles = made.columns, made.spec, made.profiles
+    torch.save(weights, out / "model.pt")
     spec.save(out / "token_spec.json")
     users = np.union1d(columns.users.ids, np.fromiter(profiles, dtype=np.int64))
     users = np.concatenate([[0], users[users > 0]])  # user 0 is nobody: the fallback
@@ -315,6 +432,8 @@ def _write_folder(
                 "user_index": columns.users.index(users),
                 "profile_tokens": [p.tokens for p in read],
                 "profile_weights": [p.weights for p in read],
+                "profile_negative_tokens": [p.negative_tokens for p in read],
+                "profile_negative_weights": [p.negative_weights for p in read],
                 "dense": [p.dense for p in read],
             }
         ),
@@ -340,4 +459,5 @@ def _write_folder(
         "shape": shape.to_json(),
     }
     (out / "ranker.json").write_text(json.dumps(document, indent=2))
+    write_check(out, next(stream_examples(out / "examples.parquet", (TEST,), made.table, 8192)))
     return str(document["version"])

@@ -1,24 +1,47 @@
-"""The ranker: TorchRec's DLRM over ids, context, item tokens and the user's token profile."""
+"""Rankers on TorchRec: ids, context, the item's tokens, the user's token profiles and a content vector → logits.
+
+    ids ─ tables ─┐                      ┌ dlrm, din  pairwise products
+    tokens ───────┼─ FEATURES [B, F, D] ─┤ dcnv2      low-rank cross network  ├─ MLP ─ logits [B, tasks]
+    vector ───────┘                      └ deepfm     factorisation machine   ┘
+
+`din` is `dlrm` whose profiles are pooled by attention to the item. Left of FEATURES is the served model `embed`, right
+of it `score`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.deepfm import DeepFM, FactorizationMachine
+from torchrec.modules.mlp import MLP
 
 from sightline.errors import ConfigError
+
+MODELS = ("dlrm", "dcnv2", "deepfm", "din")
+TABLE_STD = 0.3
+CROSS_LAYERS = 2
+
+# Feature of token ids → its group in RankerShape, and the names of its ids and weights in a batch.
+TOKEN_FEATURES = {
+    "item_tokens": ("item_tokens", "item_tokens", None),
+    "profile": ("user_profile", "profile_tokens", "profile_weights"),
+    "profile_negative": ("user_negative", "profile_negative_tokens", "profile_negative_weights"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerShape:
-    """Everything that fixes the ranker's parameters.
+    """Everything that fixes a ranker's parameters.
 
-    `item_tokens` and `user_profile` switch the two content feature groups: with both off this is the ids-only
-    arm.
+    Feature groups are switched by `ids`, `item_tokens`, `user_profile`, `user_negative`, by the names in `context`
+    and by `item_vector`, the length V of a frozen content vector (0: none).
     """
 
     users: int  # rows, fallback row 0 included
@@ -26,22 +49,57 @@ class RankerShape:
     context: dict[str, int]  # name → cardinality
     token_rows: int
     dense: int
+    model: str = "dlrm"  # one of MODELS
     dim: int = 16
+    ids: bool = True
     item_tokens: bool = True
     user_profile: bool = True
+    user_negative: bool = False
+    item_vector: int = 0
+    token_weights: bool = False  # learn a weight per token for the pooled item tokens
+    tasks: int = 1  # logits; the first is the one that is served
     bottom: tuple[int, ...] = (32,)
     top: tuple[int, ...] = (64, 32)
 
     def __post_init__(self) -> None:
-        for name in ("users", "items", "token_rows", "dense", "dim"):
+        if self.model not in MODELS:
+            raise ConfigError(f"ranker model is {self.model!r}; expected one of {', '.join(MODELS)}")
+        for name in ("users", "items", "token_rows", "dense", "dim", "tasks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ranker {name} is {getattr(self, name)}; expected at least 1")
+        if self.item_vector < 0:
+            raise ConfigError(f"ranker item_vector is {self.item_vector}; expected a length, 0 for none")
+        if self.token_weights and not self.item_tokens:
+            raise ConfigError("ranker token_weights is on without item_tokens; expected tokens to weigh")
+        if not self.features:
+            raise ConfigError("every feature group of the ranker is off; expected at least one")
+
+    @property
+    def id_features(self) -> dict[str, int]:
+        """Features of one id per example → rows of their tables."""
+        context = {f"context_{name}": rows for name, rows in self.context.items()}
+        return ({"user": self.users, "item": self.items} if self.ids else {}) | context
+
+    @property
+    def token_features(self) -> list[str]:
+        """Features of many ids per example. They share one table, so liking a look is liking its words."""
+        return [name for name, (group, _, _) in TOKEN_FEATURES.items() if getattr(self, group)]
+
+    @property
+    def attention(self) -> list[str]:
+        """Profiles that are pooled by attention; without item tokens there is nothing to compare them with."""
+        profiles = [name for name in self.token_features if name != "item_tokens"]
+        return profiles if self.model == "din" and self.item_tokens else []
+
+    @property
+    def sequential(self) -> bool:
+        """Are tokens looked up one by one, and not pooled inside of the lookup?"""
+        return bool(self.attention) or self.token_weights
 
     @property
     def features(self) -> list[str]:
-        """Names of the sparse features in the order of FEATURES' rows."""
-        names = ["user", "item", *(f"context_{name}" for name in self.context)]
-        return names + ["item_tokens"] * self.item_tokens + ["profile"] * self.user_profile
+        """Names in the order of FEATURES' rows."""
+        return [*self.id_features, *self.token_features, *["item_vector"] * bool(self.item_vector)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,59 +109,85 @@ class RankerShape:
         return cls(**{**values, "bottom": tuple(values["bottom"]), "top": tuple(values["top"])})
 
 
-def new_ranker(shape: RankerShape, seed: int) -> DLRM:
-    """A DLRM with fresh weights. Item tokens and profile share one table, so liking a look is liking its words."""
-    torch.manual_seed(seed)
-    token_features = ["item_tokens"] * shape.item_tokens + ["profile"] * shape.user_profile
-    tables = [("user", shape.users, ["user"]), ("item", shape.items, ["item"])]
-    tables += [(f"context_{name}", rows, [f"context_{name}"]) for name, rows in shape.context.items()]
-    if token_features:
-        tables.append(("tokens", shape.token_rows, token_features))
-    collection = EmbeddingBagCollection(
+class Ranker(nn.Module):
+    """Batch → logits FP32 [B, tasks].
+
+    The batch is a dict of tensors: user_index, item_index int64 [B]; context int64 [B, C]; item_tokens int64 [B, L];
+    profile_tokens, profile_negative_tokens int64 [B, K] with profile_weights, profile_negative_weights FP32 [B, K];
+    item_vector FP32 [B, V]; dense FP32 [B, n]. Token id 0 is padding. Groups that are off are not read.
+    """
+
+    def __init__(self, shape: RankerShape) -> None:
+        super().__init__()
+        self.shape = shape
+        tables = [(name, rows, [name]) for name, rows in shape.id_features.items()]
+        if shape.token_features and not shape.sequential:
+            tables.append(("tokens", shape.token_rows, shape.token_features))
+        # Ids weigh 1, an item's n tokens 1/√n each, profile tokens their share.
+        self.bags = _collection(tables, shape.dim, weighted=True) if tables else None
+        # Every id of a sequence is a bag of its own: TorchRec fuses bags on a CPU, and no EmbeddingCollection.
+        sequence = [("tokens", shape.token_rows, ["tokens"])]
+        self.sequences = _collection(sequence, shape.dim, weighted=False) if shape.sequential else None
+        for table in self.tables().values():
+            nn.init.normal_(table, std=TABLE_STD)
+        self.features = FeatureArch(shape)
+        self.score = ScoreArch(shape)
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Table → FP32 [rows, D]."""
+        collections = [collection for collection in (self.bags, self.sequences) if collection is not None]
+        return {name: bag.weight for one in collections for name, bag in one.embedding_bags.items()}
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        tokens = self.features.tokens(batch)
+        pooled: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        if self.bags is not None:
+            pooled = self.bags(self._bags_of(batch, tokens)).to_dict()
+        if self.sequences is not None:
+            # Padding is looked up, too: its weights are 0, and every example keeps its place.
+            every = [ids for ids, _ in tokens.values()]
+            values = torch.cat([ids.flatten() for ids in every])
+            each = KeyedJaggedTensor(keys=["tokens"], values=values, lengths=torch.ones_like(values))
+            found = self.sequences(each).to_dict()["tokens"].split([ids.numel() for ids in every])
+            rows = {name: one.view(*ids.shape, -1) for name, one, ids in zip(tokens, found, every, strict=True)}
+        return self.score(self.features(pooled, rows, tokens, batch.get("item_vector")), batch["dense"])
+
+    def _bags_of(self, batch: dict[str, Tensor], tokens: dict[str, tuple[Tensor, Tensor]]) -> KeyedJaggedTensor:
+        columns = [batch["user_index"], batch["item_index"]] if self.shape.ids else []
+        columns += list(batch["context"].unbind(1)) if self.shape.context else []
+        one = torch.ones(sum(map(len, columns)), dtype=torch.float32)
+        values, weights, lengths = columns, [one], [one.long()]
+        if not self.shape.sequential:
+            for ids, weight in tokens.values():
+                there = weight != 0  # padding is left out
+                at = there.flatten().nonzero()[:, 0]
+                values.append(ids.flatten()[at])
+                weights.append(weight.flatten()[at])
+                lengths.append(there.sum(1))
+        keys = [*self.shape.id_features, *([] if self.shape.sequential else self.shape.token_features)]
+        return KeyedJaggedTensor(
+            keys=keys, values=torch.cat(values), weights=torch.cat(weights), lengths=torch.cat(lengths)
+        )
+
+
+def _collection(tables: list[tuple[str, int, list[str]]], dim: int, *, weighted: bool) -> EmbeddingBagCollection:
+    """Tables (name, rows, features), summed within an example."""
+    return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
-                name=name, num_embeddings=rows, embedding_dim=shape.dim, feature_names=features,
-                pooling=PoolingType.SUM,
+                name=name, num_embeddings=rows, embedding_dim=dim, feature_names=features, pooling=PoolingType.SUM
             )
             for name, rows, features in tables
         ],
-        is_weighted=True,  # ids weigh 1, an item's n tokens 1/√n each, profile tokens their share
-    )  # fmt: skip
-    with torch.no_grad():
-        for bag in collection.embedding_bags.values():
-            nn.init.normal_(bag.weight, std=0.3)
-    return DLRM(
-        embedding_bag_collection=collection,
-        dense_in_features=shape.dense,
-        dense_arch_layer_sizes=[*shape.bottom, shape.dim],
-        over_arch_layer_sizes=[*shape.top, 1],
+        is_weighted=weighted,
     )
 
 
-def jagged(shape: RankerShape, batch: dict[str, Tensor]) -> KeyedJaggedTensor:
-    """Padded dense ids → one weighted KeyedJaggedTensor; id 0 of token features is padding and is left out.
-
-    Args:
-        batch: user_index, item_index int64 [B]; context int64 [B, C]; item_tokens int64 [B, L];
-            profile_tokens int64 [B, K]; profile_weights FP32 [B, K].
-    """
-    values, weights, lengths = [], [], []
-
-    def add(ids: Tensor, weight: Tensor, keep: Tensor) -> None:
-        values.append(ids[keep])
-        weights.append(weight[keep])
-        lengths.append(keep.sum(1))
-
-    for ids in (batch["user_index"], batch["item_index"], *batch["context"].unbind(1)):
-        column = ids[:, None]
-        add(column, torch.ones_like(column, dtype=torch.float32), torch.ones_like(column, dtype=torch.bool))
-    if shape.item_tokens:
-        add(batch["item_tokens"], item_weights(batch["item_tokens"]), batch["item_tokens"] > 0)
-    if shape.user_profile:
-        add(batch["profile_tokens"], batch["profile_weights"], batch["profile_tokens"] > 0)
-    return KeyedJaggedTensor(
-        keys=shape.features, values=torch.cat(values), weights=torch.cat(weights), lengths=torch.cat(lengths)
-    )
+def new_ranker(shape: RankerShape, seed: int) -> Ranker:
+    """A ranker with fresh weights."""
+    torch.manual_seed(seed)
+    return Ranker(shape)
 
 
 def item_weights(tokens: Tensor) -> Tensor:
@@ -116,38 +200,170 @@ def item_weights(tokens: Tensor) -> Tensor:
     return there / there.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
-class EmbedGraph(nn.Module):
-    """`embed`: ids → FEATURES FP32 [B, F, D], from the tables of a trained DLRM, on padded dense inputs."""
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """[B, n], [B, n, D] → [B, D]."""
+    return torch.bmm(weights[:, None], rows)[:, 0]
 
-    def __init__(self, model: DLRM, shape: RankerShape) -> None:
+
+class FeatureArch(nn.Module):
+    """What lies between tables and FEATURES: weights of tokens, attention, the content vector's projection."""
+
+    def __init__(self, shape: RankerShape) -> None:
         super().__init__()
-        bags = model.sparse_arch.embedding_bag_collection.embedding_bags
-        self.tables = nn.ParameterDict({name: bag.weight.detach().clone() for name, bag in bags.items()})
         self.shape = shape
+        # OmniSearchSage (arXiv 2404.16260), section 3: e = Σ_x w_x · E[x]; 1 at first, the plain sum.
+        self.token_weight = nn.Parameter(torch.ones(shape.token_rows)) if shape.token_weights else None
+        self.attention = nn.ModuleDict({name: Attention(shape.dim) for name in shape.attention})
+        self.vector = (
+            nn.Sequential(nn.LayerNorm(shape.item_vector), nn.Linear(shape.item_vector, shape.dim))
+            if shape.item_vector
+            else None
+        )
+
+    def tokens(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Token feature → ids int64 [B, n], weights FP32 [B, n], 0 for padding."""
+        found = {}
+        for name in self.shape.token_features:
+            _, ids, weights = TOKEN_FEATURES[name]
+            tokens = batch[ids]
+            weight = item_weights(tokens) if weights is None else batch[weights] * (tokens > 0)
+            if name == "item_tokens" and self.token_weight is not None:
+                weight = weight * self.token_weight[tokens]
+            found[name] = tokens, weight
+        return found
 
     def forward(
-        self, user_index: Tensor, item_index: Tensor, context: Tensor, item_tokens: Tensor,
-        profile_tokens: Tensor, profile_weights: Tensor,
+        self, pooled: dict[str, Tensor], rows: dict[str, Tensor], tokens: dict[str, tuple[Tensor, Tensor]],
+        item_vector: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        rows = [self.tables["user"][user_index[:, 0]], self.tables["item"][item_index[:, 0]]]
+        """FEATURES FP32 [B, F, D].
+
+        Args:
+            pooled: features that are pooled already, FP32 [B, D].
+            rows: the others' table rows, FP32 [B, n, D].
+            tokens: ids and weights, as `tokens` gives them.
+        """
+        done = dict(pooled)
+        for name in rows:
+            if name not in self.attention:
+                done[name] = weighted_sum(tokens[name][1], rows[name])
+        for name, pool in self.attention.items():
+            done[name] = pool(done["item_tokens"], rows[name], tokens[name][1])
+        if self.vector is not None:
+            done["item_vector"] = self.vector(item_vector)
+        return torch.stack([done[name] for name in self.shape.features], 1)
+
+
+class Attention(nn.Module):
+    """Deep Interest Network's local activation unit (Zhou et al. 2018, arXiv 1706.06978, equation 3).
+
+    A small MLP compares each profile token with the item; the profile's own weights are the prior:
+    w'_k ∝ w_k · exp(MLP(e_k, q, e_k · q)). It starts as the plain weighted profile. The paper's fourth input, e_k − q,
+    is a linear layer's of the first two. Other than in the paper the weights sum to 1, as those of the profile do.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The first layer in two parts: that of the item is computed once for all of a profile.
+        self.key, self.item = nn.Linear(2 * dim, 2 * dim), nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(2 * dim, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        """FP32 [B, D], [B, K, D], [B, K] → [B, D]; zeros for a row whose weights are all 0."""
+        pairs = self.key(torch.cat([keys, keys * query[:, None]], 2))
+        score = self.out(torch.relu(pairs + self.item(query)[:, None]))[..., 0]
+        score = score.masked_fill(weights == 0, -1e4)
+        attended = weights * (score - score.amax(1, keepdim=True)).exp()
+        return weighted_sum(attended / attended.sum(1, keepdim=True).clamp(min=1e-6), keys)
+
+
+class ScoreArch(nn.Module):
+    """FEATURES FP32 [B, F, D] and DENSE FP32 [B, n] → logits FP32 [B, tasks].
+
+    dlrm, din  TorchRec's DLRM (Naumov et al. 2019, arXiv 1906.00091): pairwise products, then an MLP
+    dcnv2      TorchRec's low-rank cross network (Wang et al. 2021, arXiv 2008.13535) of rank a quarter, then an MLP
+    deepfm     factorisation machine beside an MLP over the same vectors (Guo et al. 2017, arXiv 1703.04247)
+    """
+
+    def __init__(self, shape: RankerShape) -> None:
+        super().__init__()
+        count, width = len(shape.features), (len(shape.features) + 1) * shape.dim
+        self.bottom = DenseArch(shape.dense, [*shape.bottom, shape.dim])
+        self.inter: nn.Module
+        if shape.model == "dcnv2":
+            cross = LowRankCrossNet(in_features=width, num_layers=CROSS_LAYERS, low_rank=max(1, width // 4))
+            self.inter, inputs = InteractionDCNArch(count, cross), width
+        elif shape.model == "deepfm":
+            self.inter, inputs = DeepFMArch(width, shape.top), shape.top[-1] + 1
+        else:
+            self.inter, inputs = InteractionArch(count), shape.dim + comb(count + 1, 2)
+        deep = shape.model == "deepfm"  # has its MLP already
+        self.top = nn.Linear(inputs, shape.tasks) if deep else OverArch(inputs, [*shape.top, shape.tasks])
+
+    def forward(self, features: Tensor, dense: Tensor) -> Tensor:
+        return self.top(self.inter(dense_features=self.bottom(dense), sparse_features=features))
+
+
+class DeepFMArch(nn.Module):
+    """DeepFM's two parts. TorchRec's factorisation machine sums over all numbers of its input; given one dimension
+    of all vectors at a time, as here, the sum over dimensions is the paper's Σ_{i<j} ⟨v_i, v_j⟩ (equation 2). The
+    first-order term is left to the deep part, as in TorchRec's SimpleDeepFMNN.
+    """
+
+    def __init__(self, width: int, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.deep = DeepFM(MLP(width, list(layers), activation="relu"))
+        self.pairs = FactorizationMachine()
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
+        """FP32 [B, D], [B, F, D] → [B, layers[-1] + 1]."""
+        vectors = torch.cat([dense_features[:, None], sparse_features], 1)
+        by_dimension = vectors.transpose(1, 2).reshape(-1, vectors.shape[1])
+        pairs = self.pairs([by_dimension]).reshape(-1, vectors.shape[2]).sum(1, keepdim=True)
+        return torch.cat([self.deep([vectors]), pairs], 1)
+
+
+class EmbedGraph(nn.Module):
+    """`embed`: ids → FEATURES FP32 [B, F, D], from the tables of a trained ranker, on padded dense inputs."""
+
+    def __init__(self, model: Ranker) -> None:
+        super().__init__()
+        self.tables = nn.ParameterDict({name: table.detach().clone() for name, table in model.tables().items()})
+        self.features, self.shape = model.features, model.shape
+
+    def forward(
+        self, user_index: Tensor, item_index: Tensor, context: Tensor, item_tokens: Tensor, profile_tokens: Tensor,
+        profile_weights: Tensor, profile_negative_tokens: Tensor, profile_negative_weights: Tensor,
+        item_vector: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `Ranker` takes them, but user_index, item_index int64 [B, 1]."""
+        pooled = {}
+        if self.shape.ids:
+            pooled = {"user": self.tables["user"][user_index[:, 0]], "item": self.tables["item"][item_index[:, 0]]}
         for i, (name, cardinality) in enumerate(self.shape.context.items()):
             # As in training: a value beyond the table counts as the last one, and fails no one's request.
-            rows.append(self.tables[f"context_{name}"][context[:, i].clamp(0, cardinality - 1)])
-        if self.shape.item_tokens:
-            rows.append((self.tables["tokens"][item_tokens] * item_weights(item_tokens)[..., None]).sum(1))
-        if self.shape.user_profile:
-            weights = profile_weights * (profile_tokens > 0)
-            rows.append((self.tables["tokens"][profile_tokens] * weights[..., None]).sum(1))
-        return torch.stack(rows, 1)
+            at = context[:, i].clamp(0, cardinality - 1)
+            pooled[f"context_{name}"] = self.tables[f"context_{name}"][at]
+        tokens = self.features.tokens(
+            {
+                "item_tokens": item_tokens,
+                "profile_tokens": profile_tokens,
+                "profile_weights": profile_weights,
+                "profile_negative_tokens": profile_negative_tokens,
+                "profile_negative_weights": profile_negative_weights,
+            }
+        )
+        rows = {name: self.tables["tokens"][ids] for name, (ids, _) in tokens.items()}
+        return self.features(pooled, rows, tokens, item_vector)
 
 
 class ScoreGraph(nn.Module):
-    """`score`: FEATURES FP32 [B, F, D] and DENSE FP32 [B, n] → SCORE FP32 [B, 1], a probability."""
+    """`score`: FEATURES FP32 [B, F, D] and DENSE FP32 [B, n] → SCORE FP32 [B, 1], the first task's probability."""
 
-    def __init__(self, model: DLRM) -> None:
+    def __init__(self, model: Ranker) -> None:
         super().__init__()
-        self.bottom, self.interact, self.top = model.dense_arch, model.inter_arch, model.over_arch
+        self.score = model.score
 
     def forward(self, features: Tensor, dense: Tensor) -> Tensor:
-        interactions = self.interact(dense_features=self.bottom(dense), sparse_features=features)
-        return torch.sigmoid(self.top(interactions))
+        return torch.sigmoid(self.score(features, dense)[:, :1])

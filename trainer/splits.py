@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
+TRAIN, VALID, TEST = 0, 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assigned:
+    """What some rows of a log are for: `part` int8 [rows] (TRAIN, VALID, TEST, or −1: nothing); `history`, `fitted`,
+    `hidden` bool [rows]: may later rows' profiles hold them, may anything be fitted on their labels, are their labels
+    kept back."""
+
+    part: np.ndarray
+    history: np.ndarray
+    fitted: np.ndarray
+    hidden: np.ndarray
+
+
+class Rows(Protocol):
+    """A split, row by row."""
+
+    def assign(self, start: int, time: np.ndarray) -> Assigned:
+        """Of the rows from number `start` on, whose times are int64 [rows] microseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +60,12 @@ class Split:
         before = timestamps[timestamps < test_from]
         valid_from = int(np.quantile(before, TRAIN_SHARE / (TRAIN_SHARE + VALID_SHARE)))
         return cls(valid_from=valid_from, test_from=test_from)
+
+    def assign(self, start: int, time: np.ndarray) -> Assigned:
+        """By time; every row enters later profiles, and no label is hidden: whoever trains looks at its parts."""
+        part = np.where(time < self.valid_from, TRAIN, np.where(time < self.test_from, VALID, TEST)).astype(np.int8)
+        everything = np.ones(len(time), bool)
+        return Assigned(part=part, history=everything, fitted=part != TEST, hidden=~everything)
 
 
 def micros(column: pa.ChunkedArray) -> np.ndarray:

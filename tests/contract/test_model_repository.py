@@ -20,7 +20,12 @@ BYTES, INT32, INT64, FP32, BOOL, UINT64 = (
     "TYPE_STRING", "TYPE_INT32", "TYPE_INT64", "TYPE_FP32", "TYPE_BOOL", "TYPE_UINT64",
 )  # fmt: skip
 CAPTIONS = {name: (BYTES, [1]) for name in ("CAPTION", "CAPTION_SOURCE", "CAPTION_ERROR")}
-PROFILE = {"PROFILE_TOKENS": (INT64, [-1]), "PROFILE_WEIGHTS": (FP32, [-1])}
+PROFILE = {
+    "PROFILE_TOKENS": (INT64, [-1]),
+    "PROFILE_WEIGHTS": (FP32, [-1]),
+    "PROFILE_NEGATIVE_TOKENS": (INT64, [-1]),
+    "PROFILE_NEGATIVE_WEIGHTS": (FP32, [-1]),
+}
 INDICES = {"USER_INDEX": (INT64, [1]), "ITEM_INDEX": (INT64, [1])}
 IDS = {"USER_ID": (INT64, [1]), "ITEM_ID": (INT64, [1])}
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

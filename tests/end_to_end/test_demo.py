@@ -71,11 +71,12 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
         return torch.from_numpy(np.tile(np.array(value, dtype=dtype), (len(chosen), 1)))
 
     with torch.no_grad():
-        features = EmbedGraph(model, shape)(
+        features = EmbedGraph(model)(
             rows([user["user_index"]], np.int64),
             torch.tensor([[known.get(item, 0)] for item in chosen]),
             rows(context, np.int64), torch.from_numpy(tokens),
             rows(user["profile_tokens"], np.int64), rows(user["profile_weights"], np.float32),
+            rows(user["profile_negative_tokens"], np.int64), rows(user["profile_negative_weights"], np.float32),
         )  # fmt: skip
         eager = ScoreGraph(model)(features, rows(user["dense"], np.float32))[:, 0].numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -11,18 +12,31 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torchrec.optim import RowWiseAdagrad
 
-from build.ranker_onnx import export_ranker
+from build.ranker_onnx import example_inputs, export_ranker
 from sightline.errors import ConfigError, DataError, ReleaseError
 from sightline.profile import ProfileConfig, UserProfiles
 from sightline.schema import INTERACTIONS, ITEMS, read_items, write_dataset
+from sightline.tokens import TokenSpec
+from tests.factories import tiny_ranker
 from trainer import metrics
-from trainer.examples import TEST, TRAIN, VALID, Columns, Vocabulary, stream_examples, write_examples
-from trainer.ranker import RankerConfig, bayes_auc, tensors, train_ranker
-from trainer.ranker_model import EmbedGraph, RankerShape, ScoreGraph, item_weights, jagged, new_ranker
-from trainer.splits import Split
+from trainer.examples import Batch, Columns, Vocabulary, stream_examples, write_examples
+from trainer.ranker import RankerConfig, Shard, bayes_auc, fit, optimizer, predict, tensors, train_ranker
+from trainer.ranker_model import (
+    MODELS,
+    Attention,
+    DeepFMArch,
+    EmbedGraph,
+    RankerShape,
+    ScoreGraph,
+    item_weights,
+    new_ranker,
+)
+from trainer.splits import TEST, TRAIN, VALID, Split
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+ARM_NAMES = ("ids", "item_tokens", "profile", "positive", "tokens")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +44,7 @@ def trained(catalogue, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranker")
     items = read_items(catalogue)
     captions = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
-    config = RankerConfig(arms=("ids", "item_tokens", "profile", "tokens"), seeds=2, epochs=2, batch=256)
+    config = RankerConfig(arms=ARM_NAMES, seeds=2, epochs=2, batch=256)
     return out, train_ranker(catalogue, captions, "v-test", out, config)
 
 
@@ -46,31 +60,64 @@ def _log(folder, events):
     return log
 
 
-def test_profiles_never_see_the_present_or_the_future(tmp_path):
-    events = [(1, 1, 0, 1), (1, 2, 5, 1), (1, 3, 5, 0), (1, 4, 9, 0), (2, 1, 9, 1), (1, 5, 12, 1), (1, 6, 13, 0)]
-    log = _log(tmp_path, events)
+def _profiles_of(folder, events, **config):
+    """Examples of the log, item i having token 10 + i, and the profiles after it."""
+    log = _log(folder, events)
     split = Split(valid_from=int(2e18), test_from=int(3e18))
     tokens = {item: np.array([10 + item, 0], dtype=np.int64) for item in range(1, 10)}
-    profiles = UserProfiles(ProfileConfig(length=4, half_life=1e9), range(1, 100))
-    write_examples(tmp_path, tmp_path / "e.parquet", Columns.of(log, split), split, tokens, profiles)
-    seen = [set(row) - {0} for row in pq.read_table(tmp_path / "e.parquet")["profile_tokens"].to_pylist()]
-    # The two events of second 5 do not see each other; a negative never enters; users are apart.
-    assert seen == [set(), {11}, {11}, {11, 12}, set(), {11, 12}, {11, 12, 15}]
-    assert set(profiles.read(2).tokens.tolist()) == {11, 0}  # the last events are there for serving
+    profiles = UserProfiles(ProfileConfig(**{"length": 4, "half_life": 1e9} | config), range(1, 100))
+    write_examples(folder, folder / "e.parquet", Columns.of(log, split), split, tokens, profiles)
+    return pq.read_table(folder / "e.parquet"), profiles
 
 
-def test_planted_future_label_cannot_be_read(tmp_path):
-    """Flipping the label of the last event changes no example's features."""
-    features = []
-    for label in (0, 1):
-        folder = tmp_path / str(label)
-        log = _log(folder, [(1, 1, 0, 1), (1, 2, 5, 0), (1, 3, 9, label)])
-        split = Split(valid_from=int(2e18), test_from=int(3e18))
-        tokens = {item: np.array([item]) for item in range(1, 10)}
-        profiles = UserProfiles(ProfileConfig(length=2), range(1, 100))
-        write_examples(folder, folder / "e.parquet", Columns.of(log, split), split, tokens, profiles)
-        features.append(pq.read_table(folder / "e.parquet").drop_columns(["label"]))
-    assert features[0].equals(features[1])
+def test_profiles_never_see_the_present_or_the_future(tmp_path):
+    events = [(1, 1, 0, 1), (1, 2, 5, 1), (1, 3, 5, 0), (1, 4, 9, 0), (2, 1, 9, 1), (1, 5, 12, 1), (1, 6, 13, 0)]
+    table, profiles = _profiles_of(tmp_path, events)
+    likes, dislikes = (
+        [set(row) - {0} for row in table[name].to_pylist()] for name in ("profile_tokens", "profile_negative_tokens")
+    )
+    # The two events of second 5 do not see each other; a dislike never enters the likes; users are apart.
+    assert likes == [set(), {11}, {11}, {11, 12}, set(), {11, 12}, {11, 12, 15}]
+    assert dislikes == [set(), set(), set(), {13}, set(), {13, 14}, {13, 14}]
+    # The last events are there for serving.
+    assert set(profiles.read(2).tokens.tolist()) == {11, 0}
+    assert set(profiles.read(1).negative_tokens.tolist()) == {13, 14, 16, 0}
+
+
+HISTORY = [(1, 1, 0, 1), (1, 2, 5, 0)]
+LEAKS = {
+    "its own label": ([(1, 3, 9, 0)], [(1, 3, 9, 1)]),
+    "its own item": ([(1, 3, 9, 1)], [(1, 4, 9, 1)]),
+    "a later event": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 10, 1)]),
+    "a later dislike": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 10, 0)]),
+    "an event of the same instant, after it": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 9, 1)]),
+    "a dislike of the same instant, before it": ([(1, 3, 9, 1)], [(1, 5, 9, 0), (1, 3, 9, 1)]),
+    "another user's event": ([(1, 3, 9, 1)], [(2, 5, 8, 1), (1, 3, 9, 1)]),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_planted_leaks_change_nothing(tmp_path, leak):
+    """The example at second 9 has the same features, whatever else happens then or later."""
+    found = []
+    for number, events in enumerate(LEAKS[leak]):
+        table, _ = _profiles_of(tmp_path / str(number), HISTORY + events)
+        row = len(HISTORY) + [user for user, item, *_ in events].index(1)
+        if leak.startswith("a dislike of the same instant"):
+            row = len(HISTORY) + len(events) - 1
+        columns = [name for name in table.column_names if name.startswith("profile")] + ["dense"]
+        found.append(table.select(columns).to_pylist()[row])
+    assert found[0] == found[1]
+    assert sum(found[0]["profile_weights"]) == sum(found[0]["profile_negative_weights"]) == 1  # it has a history
+
+
+def test_an_earlier_event_does_change_the_profile(tmp_path):
+    """What the planted leaks would do if they were seen."""
+    changed = [
+        _profiles_of(tmp_path / str(item), [*HISTORY, (1, item, 6, 1), (1, 3, 9, 1)])[0]["profile_tokens"][3].as_py()
+        for item in (5, 6)
+    ]
+    assert changed[0] != changed[1]
 
 
 def test_a_log_without_context_is_refused(tmp_path):
@@ -114,7 +161,7 @@ def test_stream_gives_every_row_once_and_parts_are_by_time(trained, catalogue):
 
 def test_record_compares_all_arms(trained):
     _, record = trained
-    assert set(record["arms"]) == {"ids", "item_tokens", "profile", "tokens"}
+    assert tuple(record["arms"]) == ARM_NAMES
     assert {"all", "cold", "warm"} == set(record["cuts"])
     assert record["cuts"]["all"] == record["cuts"]["cold"] + record["cuts"]["warm"]
     for arm in ("item_tokens", "profile", "tokens"):
@@ -134,25 +181,230 @@ def test_eager_torchrec_equals_graphs_equals_onnx(trained, catalogue, tmp_path):
     model = new_ranker(shape, 0)
     model.load_state_dict(torch.load(out / "model.pt"))
     items = read_items(catalogue)
-    from sightline.tokens import TokenSpec
-
     spec = TokenSpec.load(out / "token_spec.json")
     table = (items["item_id"].to_numpy(), spec.encode_batch(items["text"].to_pylist()))
-    batch = tensors(next(iter(stream_examples(out / "examples.parquet", (TEST,), table, 333))))
+    batch = next(iter(stream_examples(out / "examples.parquet", (TEST,), table, 333)))
+    inputs = {name.upper(): value for name, value in tensors(batch).items() if value.shape[-1]}
+    _hold(model, tmp_path, inputs)
+
+
+def _hold(model, folder, inputs):
+    """TorchRec's lookups = the eager graphs = ONNX within 1e-5; one row = the same row of a batch."""
+    batch = {name.lower(): value for name, value in inputs.items()}
+    inputs = {n: v[:, None] if n in ("USER_INDEX", "ITEM_INDEX") and v.dim() == 1 else v for n, v in inputs.items()}
+    batch |= {name: batch[name].flatten() for name in ("user_index", "item_index")}
+    ids = [value for name, value in inputs.items() if name != "DENSE"]
     with torch.no_grad():
-        logits = model(batch["dense"], jagged(shape, batch)).squeeze(1)
-        inputs = [batch["user_index"][:, None], batch["item_index"][:, None], batch["context"], batch["item_tokens"],
-                  batch["profile_tokens"], batch["profile_weights"]]  # fmt: skip
-        features = EmbedGraph(model, shape)(*inputs)
-        score = ScoreGraph(model)(features, batch["dense"]).squeeze(1)
-    assert torch.allclose(torch.sigmoid(logits), score, atol=1e-6)
-    embed, rank = (onnxruntime.InferenceSession(tmp_path / f"{n}.onnx") for n in ("embed", "score"))
-    feed = {i.name: x.numpy() for i, x in zip(embed.get_inputs(), inputs, strict=True)}
-    served = rank.run(None, {"FEATURES": embed.run(None, feed)[0], "DENSE": batch["dense"].numpy()})[0][:, 0]
+        direct = torch.sigmoid(model(batch))[:, :1]
+        features = EmbedGraph(model)(*ids)
+        score = ScoreGraph(model)(features, inputs["DENSE"])
+    assert torch.isfinite(direct).all()
+    assert torch.allclose(direct, score, atol=2e-6)  # FP32 sums in another order
+    embed, rank = (onnxruntime.InferenceSession(folder / f"{n}.onnx") for n in ("embed", "score"))
+    feed = {i.name: inputs[i.name].numpy() for i in embed.get_inputs()}
+    served = rank.run(None, {"FEATURES": embed.run(None, feed)[0], "DENSE": inputs["DENSE"].numpy()})[0]
     assert np.abs(served - score.numpy()).max() < 1e-5
-    # batch = single
     one = {name: value[:1] for name, value in feed.items()}
     assert np.abs(embed.run(None, one)[0] - features[:1].numpy()).max() < 1e-5
+
+
+SHAPES = {
+    **{model: {"model": model} for model in MODELS},
+    **{f"{model}-tasks": {"model": model, "tasks": 2} for model in MODELS},
+    "token-weights": {"token_weights": True},
+    "din-token-weights": {"model": "din", "token_weights": True},
+    "vector": {"item_vector": 12},
+    "tokens-alone": {"ids": False, "model": "din"},
+    "ids-alone": {"item_tokens": False, "user_profile": False, "user_negative": False},
+    "din-without-item-tokens": {"model": "din", "item_tokens": False},
+    "vector-alone": {"ids": False, "context": {}, "item_tokens": False, "user_profile": False,
+                     "user_negative": False, "item_vector": 12},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_exported_as_it_is(tmp_path, options):
+    """Padding, an item without a caption and users without likes or dislikes among the rows (`example_inputs`)."""
+    document = export_ranker(tiny_ranker(tmp_path / "ranker", **options), tmp_path)
+    shape = RankerShape.from_json(document["shape"])
+    model = new_ranker(shape, 0)
+    model.load_state_dict(torch.load(tmp_path / "ranker" / "model.pt"))
+    _hold(model, tmp_path, example_inputs(document))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_group_moves_the_score(tmp_path, model):
+    document = json.loads((tiny_ranker(tmp_path, model=model, item_vector=5) / "ranker.json").read_text())
+    ranker = new_ranker(RankerShape.from_json(document["shape"]), 0)
+    batch = {name.lower(): value for name, value in example_inputs(document).items()}
+    batch |= {name: batch[name].flatten() for name in ("user_index", "item_index")}
+    with torch.no_grad():
+        before = ranker(batch)
+        for name, value in batch.items():
+            other = value.flip(0)
+            moved = (ranker(batch | {name: other}) - before).abs().amax()
+            assert moved > 1e-6, name
+
+
+def test_attention_by_hand_and_at_the_start():
+    """Zhou et al. 2018, figure 2: one MLP score per history item, seen with the candidate; weights are the prior."""
+    torch.manual_seed(0)
+    pool = Attention(3)
+    query, keys, weights = torch.randn(2, 3), torch.randn(2, 4, 3), torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0] * 4])
+    plain = (weights[..., None] * keys).sum(1)
+    assert torch.allclose(pool(query, keys, weights), plain, atol=1e-6)
+    torch.nn.init.normal_(pool.out.weight)
+    first = torch.cat([pool.key.weight[:, :3], pool.item.weight, pool.key.weight[:, 3:]], 1)  # of (e, q, e · q)
+    share = []
+    for k in range(4):
+        e, q = keys[0, k], query[0]
+        hidden = torch.relu(first @ torch.cat([e, q, e * q]) + pool.key.bias)
+        share.append((weights[0, k] * (pool.out.weight[0] @ hidden + pool.out.bias[0]).exp()).item())
+    by_hand = sum(s / sum(share) * keys[0, k] for k, s in enumerate(share))
+    assert torch.allclose(pool(query, keys, weights)[0], by_hand, atol=1e-5)
+    assert not pool(query, keys, weights)[1].any()
+
+
+def test_deepfm_has_the_papers_pairwise_term():
+    torch.manual_seed(0)
+    arch = DeepFMArch(4 * 5, (6,))
+    dense, sparse = torch.randn(2, 5), torch.randn(2, 3, 5)
+    vectors = [dense, *sparse.unbind(1)]
+    pairs = sum((vectors[i] * vectors[j]).sum(1) for i in range(4) for j in range(i))
+    assert torch.allclose(arch(dense, sparse)[:, -1], pairs, atol=1e-4)
+
+
+def _learnable(folder, rows=12000, tasks=1):
+    """An examples file: item i has token i and a vector; clicks come where it is a liked token and no disliked one."""
+    rng = np.random.default_rng(0)
+    items, liked, disliked = (rng.integers(1, 6, rows) for _ in range(3))
+    vectors = rng.normal(size=(5, 6)).astype(np.float32)
+    logit = 3.0 * (items == liked) - 3.0 * (items == disliked) - 0.5
+    label = (rng.uniform(size=(rows, tasks)) < 1 / (1 + np.exp(-logit[:, None]))).astype(np.float32)
+    if tasks > 1:
+        label[rng.uniform(size=rows) < 0.5, 1] = np.nan
+    part = np.repeat([TRAIN, VALID, TEST], [rows // 2, rows // 4, rows - rows // 2 - rows // 4])
+
+    def lists(values):
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
+
+    one = np.ones((rows, 1), np.float32)
+    table = pa.table({
+        "user_id": np.ones(rows, np.int64), "item_id": items, "label": lists(label) if tasks > 1 else label[:, 0],
+        "part": part, "user_index": np.zeros(rows, np.int64), "item_index": np.zeros(rows, np.int64),
+        "context": lists(np.zeros((rows, 1), np.int64)), "profile_tokens": lists(liked[:, None]),
+        "profile_weights": lists(one), "profile_negative_tokens": lists(disliked[:, None]),
+        "profile_negative_weights": lists(one), "dense": lists(np.zeros((rows, 3), np.float32)),
+    })  # fmt: skip
+    pq.write_table(table, folder / "e.parquet")
+    ids = np.arange(1, 6)
+    return folder / "e.parquet", (ids, ids[:, None]), (ids, vectors), logit
+
+
+SMALL = {"users": 1, "items": 1, "context": {"hour": 1}, "token_rows": 6, "dense": 3, "dim": 8, "user_negative": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"model": m} for m in MODELS), {"token_weights": True}, {"item_vector": 6, "item_tokens": False}],
+    ids=lambda options: "-".join(options) if len(options) > 1 else str(*options.values()),
+)
+def test_every_model_learns_what_is_there(tmp_path, options):
+    """Only products of item and profiles tell clicks apart; the same seed gives the same ranker, bit for bit."""
+    path, tokens, vectors, logit = _learnable(tmp_path)
+    config = RankerConfig(epochs=8, batch=256, lr=1e-2, id_dropout=0.0, patience=8)
+    shape = RankerShape(**SMALL, **options)
+    vectors = vectors if shape.item_vector else None
+    scores = []
+    for _ in range(2):
+        model, history = fit(shape, path, tokens, config, 0, "test", vectors=vectors)
+        scores.append(predict(model, shape, stream_examples(path, (TEST,), tokens, 512, vectors=vectors)))
+    label, best = pq.read_table(path)["label"].to_numpy()[-3000:], logit[-3000:]
+    assert roc_auc_score(label, scores[0]) > 0.5 + 0.9 * (roc_auc_score(label, best) - 0.5)
+    assert history[0]["train_loss"] > history[-1]["train_loss"]
+    assert (scores[0] == scores[1]).all()
+
+
+def test_tasks_learn_from_the_labels_that_are_known(tmp_path):
+    path, tokens, _, logit = _learnable(tmp_path, tasks=2)
+    config = RankerConfig(epochs=6, batch=256, lr=1e-2, id_dropout=0.0)
+    shape = RankerShape(**SMALL, tasks=2)
+    model, history = fit(shape, path, tokens, config, 0, "test")
+    scores = predict(model, shape, stream_examples(path, (TEST,), tokens, 512))
+    assert scores.shape == (3000, 2)
+    for task in range(2):
+        assert roc_auc_score(logit[-3000:] > -0.5, scores[:, task]) > 0.9
+    assert all(np.isfinite(list(epoch.values())).all() for epoch in history)
+
+
+def test_a_label_that_is_not_known_leaves_no_gradient(tmp_path):
+    path, tokens, _, _ = _learnable(tmp_path, tasks=2)
+    model = new_ranker(RankerShape(**SMALL, tasks=2), 0)
+    batch = next(iter(stream_examples(path, (TRAIN,), tokens, 64)))
+    from trainer.ranker import _loss
+
+    batch.label[:, 1] = np.nan
+    _loss(model, batch).backward()
+    last = model.score.top.model[-1].weight.grad
+    assert last[0].abs().sum() > 0
+    assert not last[1].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"model": "din", "token_weights": True}], ids=["bags", "sequences"])
+def test_fused_tables_train_as_plain_ones(tmp_path, options):
+    """Three steps of the fused row-wise Adagrad against TorchRec's own optimizer on plain tables."""
+    from trainer.ranker import _loss
+
+    path, tokens, _, _ = _learnable(tmp_path)
+    config = RankerConfig(batch=256)
+    found = []
+    for fused in (True, False):
+        model = new_ranker(RankerShape(**SMALL, **options), 0)
+        if fused:
+            steps = [optimizer(model, config)]
+        else:
+            tables = list(model.tables().values())
+            dense = [p for p in model.parameters() if not any(p is t for t in tables)]
+            steps = [RowWiseAdagrad(tables, **config.table_options), torch.optim.Adam(dense, lr=config.lr)]
+        for batch, _ in zip(stream_examples(path, (TRAIN,), tokens, 256), range(3), strict=False):
+            for step in steps:
+                step.zero_grad()
+            (_loss(model, batch) / 256).backward()
+            for step in steps:
+                step.step()
+        found.append({name: value.detach() for name, value in model.state_dict().items()})
+    assert set(found[0]) == set(found[1])
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-4), name
+
+
+def test_without_validation_rows_training_says_so(tmp_path):
+    path, tokens, _, _ = _learnable(tmp_path)
+    table = pq.read_table(path)
+    pq.write_table(table.filter(pa.compute.equal(table["part"], TRAIN)), path)
+    with pytest.raises(DataError, match="validation"):
+        fit(RankerShape(**SMALL), path, tokens, RankerConfig(epochs=1), 0, "test")
+
+
+def test_shards_hold_every_row_once_and_are_equally_long():
+    rows = 7
+    batch = Batch(
+        **{name: np.arange(rows, dtype=np.float32)[:, None] for name in Batch.__dataclass_fields__ if name != "label"},
+        label=np.arange(rows, dtype=np.float32),
+    )
+    shards = [Shard(rank=rank, ranks=3).of(batch) for rank in range(3)]
+    assert [len(shard.label) for shard in shards] == [3, 3, 3]
+    labels = np.concatenate([shard.label for shard in shards])
+    assert sorted(labels[np.isfinite(labels)].tolist()) == list(range(rows))
+    assert np.array_equal(batch.label, np.arange(rows))  # the whole batch is left as it was
+
+
+def test_vectors_of_unknown_items_are_zeros(tmp_path):
+    path, tokens, (ids, vectors), _ = _learnable(tmp_path)
+    batch = next(iter(stream_examples(path, (TRAIN,), tokens, 64, vectors=(ids[1:], vectors[1:]))))
+    assert batch.item_vector.dtype == np.float32
+    for item, vector in zip(batch.item_id, batch.item_vector, strict=True):
+        assert np.array_equal(vector, vectors[item - 1] * (item > 1))
 
 
 def test_export_refuses_a_graph_that_differs(trained, tmp_path, monkeypatch):
@@ -169,6 +421,18 @@ def test_arms_have_their_features():
     base = {"users": 2, "items": 2, "context": {"hour": 24}, "token_rows": 5, "dense": 3}
     assert RankerShape(**base, item_tokens=False, user_profile=False).features == ["user", "item", "context_hour"]
     assert RankerShape(**base).features == ["user", "item", "context_hour", "item_tokens", "profile"]
+    more = RankerShape(**base | {"context": {}}, ids=False, user_negative=True, item_vector=4)
+    assert more.features == ["item_tokens", "profile", "profile_negative", "item_vector"]
+
+
+@pytest.mark.parametrize("bad", [
+    {"model": "mlp"}, {"tasks": 0}, {"item_vector": -1}, {"token_weights": True, "item_tokens": False},
+    {"ids": False, "context": {}, "item_tokens": False, "user_profile": False},
+])  # fmt: skip
+def test_bad_shape(bad):
+    base = {"users": 2, "items": 2, "context": {"hour": 24}, "token_rows": 5, "dense": 3}
+    with pytest.raises(ConfigError, match="expected"):
+        RankerShape(**base | bad)
 
 
 def test_metrics_by_hand():
@@ -212,7 +476,46 @@ def test_caption_metrics_by_hand():
     assert found["exact_match"] == 0
 
 
-@pytest.mark.parametrize("bad", [{"arms": ("vision",)}, {"arms": ()}, {"seeds": 0}, {"id_dropout": 1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"arms": ("vision",)}, {"arms": ()}, {"seeds": 0}, {"id_dropout": 1.0}, {"model": "x"}]
+)
 def test_bad_configuration(bad):
     with pytest.raises(ConfigError, match="expected"):
         RankerConfig(**bad)
+
+
+@pytest.mark.parametrize("options", [["--model", "din"], ["--model", "dcnv2", "--token-weights"]])
+def test_the_command_trains_any_model_for_a_release(catalogue, tmp_path, options):
+    from typer.testing import CliRunner
+
+    from sightline.cli import app
+    from trainer.captioning import write_captions
+
+    items = read_items(catalogue)
+    captions = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+    write_captions(tmp_path / "captions.parquet", captions, "v-test")
+    command = ["train", "ranker", "--data", str(catalogue), "--captions", str(tmp_path / "captions.parquet"), "--out",
+               str(tmp_path / "ranker"), "--arm", "tokens", "--seeds", "1", "--epochs", "1", *options]  # fmt: skip
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0
+    shape = RankerShape.from_json(export_ranker(tmp_path / "ranker", tmp_path)["shape"])
+    assert (shape.model, shape.token_weights, shape.user_negative) == (options[1], "--token-weights" in options, True)
+    names = {tensor.name for tensor in onnxruntime.InferenceSession(tmp_path / "embed.onnx").get_inputs()}
+    with np.load(tmp_path / "ranker" / "check.npz") as rows:
+        assert names | {"DENSE", "label"} == set(rows.files)  # a build feeds these rows to the graphs
+
+
+def test_a_ranker_with_vectors_is_not_released(parts, tmp_path):
+    from build.assemble import build_release
+
+    tiny_ranker(tmp_path / "ranker", item_vector=4)
+    with pytest.raises(ReleaseError, match="ITEM_VECTOR, which nothing in the ensemble makes"):
+        build_release(parts / "captioner", tmp_path / "ranker", tmp_path / "releases")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_makes_a_release(parts, tmp_path, model):
+    from build.assemble import build_release
+
+    tiny_ranker(tmp_path / "ranker", model=model)
+    assert build_release(parts / "captioner", tmp_path / "ranker", tmp_path / "releases")

@@ -61,6 +61,8 @@ class TritonPythonModel:
             "ITEM_INDEX": self.items.columns["item_index"][item][:, None],
             "PROFILE_TOKENS": columns["profile_tokens"][user],
             "PROFILE_WEIGHTS": columns["profile_weights"][user].astype(np.float32),
+            "PROFILE_NEGATIVE_TOKENS": columns["profile_negative_tokens"][user],
+            "PROFILE_NEGATIVE_WEIGHTS": columns["profile_negative_weights"][user].astype(np.float32),
             "DENSE": columns["dense"][user].astype(np.float32),
         }
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
+from sightline.errors import TokenSpecError
 from sightline.tokens import TokenSpec
 
 
@@ -19,15 +21,31 @@ class TritonPythonModel:
         self.spec = TokenSpec.load(Path(args["model_repository"], args["model_version"], "token_spec.json"))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """CAPTION BYTES [rows, 1] → ITEM_TOKENS INT64 [rows, L], all requests in one pass."""
+        """CAPTION BYTES [rows, 1] → ITEM_TOKENS INT64 [rows, L], all requests in one pass.
+
+        A caption may be annotated (sightline/annotation.py). A request with malformed fields is refused alone.
+        """
         captions = [
             pb_utils.get_input_tensor_by_name(request, "CAPTION").as_numpy().reshape(-1)
             for request in requests
         ]
         # A caption is UTF-8; bytes that are not become U+FFFD and so unknown tokens, not an error.
-        tokens = self.spec.encode_batch([row.decode(errors="replace") for part in captions for row in part])
-        ends = np.cumsum([len(part) for part in captions])
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor("ITEM_TOKENS", np.ascontiguousarray(part))])
-            for part in np.split(tokens, ends[:-1])
-        ]
+        texts = [[row.decode(errors="replace") for row in part] for part in captions]
+        try:
+            tokens = self.spec.encode_batch([text for part in texts for text in part])
+        except TokenSpecError:
+            return [self._alone(part) for part in texts]
+        ends = np.cumsum([len(part) for part in texts])
+        return [_response(part) for part in np.split(tokens, ends[:-1])]
+
+    def _alone(self, texts: list[str]) -> Any:
+        try:
+            return _response(self.spec.encode_batch(texts))
+        except TokenSpecError as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(f"CAPTION: {error}", pb_utils.TritonError.INVALID_ARG)
+            )
+
+
+def _response(tokens: NDArray[np.int64]) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor("ITEM_TOKENS", np.ascontiguousarray(tokens))])
