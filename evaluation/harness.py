@@ -79,9 +79,13 @@ class EvaluationConfig:
     seed: int = 0
     arms: tuple[str, ...] = ("ids", "tokens", "dense vector", "semantic ids", "shuffled", "oracle")
     captioner: CaptionerConfig = field(
-        default_factory=lambda: CaptionerConfig(teacher_steps=600, tower_steps=500, steps=300, shift=6)
+        default_factory=lambda: CaptionerConfig(
+            teacher_steps=450, tower_steps=350, steps=150, shift=6, eval_every=150
+        )
     )
-    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(id_dropout=0.3, epochs=6, patience=1))
+    ranker: RankerConfig = field(
+        default_factory=lambda: RankerConfig(id_dropout=0.3, epochs=8, table_std=0.03, table_lr=0.05, lr=2e-3)
+    )
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -184,7 +188,8 @@ def _prepare(
     )  # fmt: skip
     shape = RankerShape(
         users=columns.users.rows, items=columns.items.rows, context=columns.context, token_rows=rows,
-        dense=len(DENSE), dim=ranker.dim, model=ranker.model, item_tokens=arm.item, user_profile=arm.profile,
+        dense=len(DENSE), dim=ranker.dim, model=ranker.model, table_std=ranker.table_std,
+        item_tokens=arm.item, user_profile=arm.profile,
         user_negative=arm.profile, item_vector=content.vectors[1].shape[1] if arm.vector else 0,
     )  # fmt: skip
     return shape, (ids, tokens), content.vectors if arm.vector else None, ranker

@@ -29,7 +29,7 @@ from sightline.tokens import Kind, TokenSpec
 from trainer import metrics
 from trainer.examples import Batch, Columns, ItemTable, stream_examples, write_examples
 from trainer.metrics import grammar_of
-from trainer.ranker_model import MODELS, Ranker, RankerShape, new_ranker
+from trainer.ranker_model import MODELS, TABLE_STD, Ranker, RankerShape, new_ranker
 from trainer.splits import TEST, TRAIN, VALID, Split, micros, training_items
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class RankerConfig:
     batch: int = 1024
     lr: float = 4e-3
     table_lr: float = 0.1
+    table_std: float = TABLE_STD  # smaller for small logs (docs/log.md)
     id_dropout: float = 0.1
     patience: int = 1
     seed: int = 0
@@ -151,6 +152,7 @@ class Prepared:
         return RankerShape(
             users=self.columns.users.rows, items=self.columns.items.rows, context=self.columns.context,
             token_rows=self.spec.rows, dense=len(DENSE), dim=config.dim, model=config.model,
+            table_std=config.table_std,
             token_weights=config.token_weights and groups["item_tokens"], **groups,
         )  # fmt: skip
 

@@ -58,6 +58,7 @@ class RankerShape:
     item_vector: int = 0
     token_weights: bool = False  # learn a weight per token for the pooled item tokens
     tasks: int = 1  # logits; the first is the one that is served
+    table_std: float = TABLE_STD  # of fresh table rows; rows that training seldom sees keep about that much noise
     bottom: tuple[int, ...] = (32,)
     top: tuple[int, ...] = (64, 32)
 
@@ -129,7 +130,7 @@ class Ranker(nn.Module):
         sequence = [("tokens", shape.token_rows, ["tokens"])]
         self.sequences = _collection(sequence, shape.dim, weighted=False) if shape.sequential else None
         for table in self.tables().values():
-            nn.init.normal_(table, std=TABLE_STD)
+            nn.init.normal_(table, std=shape.table_std)
         self.features = FeatureArch(shape)
         self.score = ScoreArch(shape)
 
