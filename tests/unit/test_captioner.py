@@ -15,16 +15,20 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from sightline.errors import ConfigError, DataError
+from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt, captioner_version
-from sightline.schema import read_items, write_dataset
+from sightline.schema import MediaReader, read_items, write_dataset
 from tests.factories import tiny_captioner
+from trainer import captioner
 from trainer.captioner import CaptionerConfig, train_captioner
-from trainer.captioner_data import IGNORE, Augmentation, Targets
+from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets
 from trainer.captioner_model import EOS, train_tokenizer
 from trainer.captioning import (
+    CONFIDENCE_BINS,
     caption_baselines,
     caption_items,
     caption_quality,
+    describe_pixels,
     read_captions,
     write_captions,
 )
@@ -71,6 +75,55 @@ def test_killed_run_continues_to_the_same_loss(catalogue, trained, tmp_path):
     again = train_captioner(catalogue, out, CaptionerConfig(**SMALL))
     assert again["final_loss"] == pytest.approx(record["final_loss"], rel=1e-6)
     assert again["version"] == record["version"]
+
+
+def test_a_taught_tower_continues_to_the_same_loss(catalogue, tmp_path, monkeypatch):
+    """Stopped while the tower learns from its teacher: the teacher is what it was, running averages included."""
+    config = CaptionerConfig(**SMALL, teacher_steps=4)
+    whole = train_captioner(catalogue, tmp_path / "whole", config)
+    assert list(whole["history"]) == ["teacher", "tower", "caption"]
+    keep = captioner._Run._checkpoint
+
+    def stopped(run, **state):
+        keep(run, **state)
+        if state["phase"] == "tower" and state["step"] == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(captioner._Run, "_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_captioner(catalogue, tmp_path / "stopped", config)
+    again = train_captioner(catalogue, tmp_path / "stopped", config)
+    assert again["final_loss"] == pytest.approx(whole["final_loss"], rel=1e-6)
+    assert again["version"] == whole["version"]
+
+
+def test_items_are_described(trained, catalogue):
+    """Captions are those of `caption_items`; words that are likelier than usual have a bin; vectors differ."""
+    out, _ = trained
+    items = read_items(catalogue)
+    ids = items["item_id"].to_pylist()[:12]
+    found = describe_pixels(out, Pixels(MediaReader(catalogue, items), ids, MediaSpec.from_pretrained(out)))
+    assert found.ids.tolist() == ids
+    assert dict(zip(ids, found.captions, strict=True)) == caption_items(out, catalogue, ids)
+    assert len(np.unique(found.vectors.round(4), axis=0)) == len(ids)
+    with np.load(out / "words.npz") as words:
+        known = {str(word).replace("▁", "") for word in words["words"]}
+    bins = [level for one in found.confidences for level in one.values()]
+    assert set().union(*found.confidences) <= known
+    assert bins
+    assert min(bins) >= 1
+    assert max(bins) <= len(CONFIDENCE_BINS)
+
+
+def test_pictures_are_mirrored_where_no_caption_says_left():
+    tokenizer = train_tokenizer(["mug moving left"] * 5)
+    assert Targets(["mug moving left"] * 5, tokenizer, EOS).sides
+    assert not Targets(["a film"] * 5, tokenizer, EOS).sides
+    x = torch.rand(4, 1, 3, 8, 8)
+    seen = [Augmentation(shift=0, colour_mix=0.0, flip=True)(x, np.random.default_rng(n))[0] for n in range(8)]
+    assert {torch.equal(one, x) for one in seen} == {True, False}
+    assert all(torch.equal(one, x) or torch.equal(one, x.flip(-1)) for one in seen)
 
 
 def test_finished_run_is_not_repeated_and_other_settings_are_refused(catalogue, trained):
