@@ -388,6 +388,7 @@ def build(
     """
     from build import plan as planning
     from build.assemble import build_release, source_batch, work_folder
+    from build.engine import EngineOptions
     from build.hardware import parse_gpus
 
     if action is Action.run:
@@ -400,7 +401,7 @@ def build(
         plan = planning.cpu_plan(*parts)
     else:
         kind, gpus = parse_gpus(gpu)
-        options = planning.EngineOptions(
+        options = EngineOptions(
             gpu=kind, gpus=gpus, batch=batch, images=images, quant=quant, kv_dtype=kv_dtype,
             vision_batch=vision_batch, new_tokens=new_tokens, ensemble_batch=ensemble_batch, calibration=calibration,
             kv_reuse=kv_reuse, dry_run=dry_run, extra=tuple(extra or ()),

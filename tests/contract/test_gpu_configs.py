@@ -11,8 +11,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from build.assemble import build_release
+from build.engine import EngineOptions
 from build.hardware import parse_gpus
-from build.plan import EngineOptions, ExportOptions, engine_plan
+from build.plan import ExportOptions, engine_plan
 from build.records import load
 from build.render import read_config
 from serving.runtime import Runtime

@@ -13,8 +13,9 @@ from PIL import Image
 from sightline_client import RankClient
 
 from build.assemble import build_release
+from build.engine import EngineOptions
 from build.hardware import parse_gpus
-from build.plan import EngineOptions, ExportOptions, engine_plan, llmapi_plan
+from build.plan import ExportOptions, engine_plan, llmapi_plan
 from serving.triton import TritonServer
 from sightline import release
 from sightline.errors import ServingError

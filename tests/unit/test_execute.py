@@ -11,9 +11,10 @@ import pytest
 
 from build import execute as executing
 from build.assemble import build_release
+from build.engine import EngineOptions
 from build.execute import container_command, execute, is_done
 from build.hardware import parse_gpus
-from build.plan import EngineOptions, ExportOptions, Plan, engine_plan
+from build.plan import ExportOptions, Plan, engine_plan
 from build.render import read_config
 from sightline import release
 from sightline.errors import ReleaseError

@@ -15,8 +15,9 @@ from transformers import LlavaForConditionalGeneration
 
 from build.checkpoint import SHAPES, Checkpoint
 from build.decoder import write_decoder
+from build.engine import EngineOptions
 from build.hardware import parse_gpus
-from build.plan import EngineOptions, ExportOptions, engine_plan
+from build.plan import ExportOptions, engine_plan
 from build.vision_onnx import export_vision
 from sightline.media import MediaSpec, resize
 from sightline.prompt import CaptionPrompt

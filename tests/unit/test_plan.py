@@ -12,8 +12,9 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from build.checkpoint import SHAPES, Checkpoint
+from build.engine import EngineOptions
 from build.hardware import GIB, parse_gpus
-from build.plan import EngineOptions, ExportOptions, Plan, Step, cpu_plan, engine_plan, llmapi_plan
+from build.plan import ExportOptions, Plan, Step, cpu_plan, engine_plan, hash_folder, llmapi_plan
 from build.records import check_argv, load
 from build.steps import run as run_step
 from sightline.cli import app
@@ -171,6 +172,16 @@ def test_a_change_reaches_every_step_that_depends_on_it(tmp_path: Path, captione
     finally:
         config.write_text(before)
     assert keys() == base
+
+
+def test_bytecode_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text("1")
+    before = hash_folder(tmp_path)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "step.cpython-311.pyc").write_bytes(b"anything")
+    assert hash_folder(tmp_path) == before
+    (tmp_path / "step.py").write_text("2")
+    assert hash_folder(tmp_path) != before
 
 
 # --- wrong plans ----------------------------------------------------------------------------------------------------
