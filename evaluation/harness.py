@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from sklearn.metrics import roc_auc_score
 from evaluation.content import Content, describe_fold
 from evaluation.splits import SPLITS, Fold, Log, folds
 from sightline.errors import ConfigError
-from sightline.profile import DENSE, ProfileConfig, UserProfiles
-from sightline.schema import read_interactions, read_record
-from sightline.tokens import Kind, TokenSpec
+from sightline.schema import read_record
+from sightline.tokens import Kind
 from trainer import metrics
 from trainer.captioner import CaptionerConfig
-from trainer.examples import Columns, ItemTable, stream_examples, write_examples
-from trainer.metrics import grammar_of, relative_lift
-from trainer.ranker import RankerConfig, fit, predict
+from trainer.examples import stream_examples
+from trainer.metrics import relative_lift
+from trainer.ranker import Prepared, RankerConfig, fit, predict, prepare_rows
 from trainer.ranker_model import RankerShape
 from trainer.splits import TEST
 
@@ -35,15 +34,15 @@ class Arm:
     """What a ranker is given of an item's content.
 
     Attributes:
-        source: `captions`, `shuffled` (captions dealt anew among the items: the same tokens, no meaning), `reference`
-            (the data set's own texts: the ceiling), or None.
+        source: `captions`, `shuffled` (captions dealt anew among the items: the same tokens, no meaning) or `reference`
+            (the data set's own texts: the ceiling; also where no token is read).
         families: of the tokens.
         item, profile: tokens of the item, of the user's history.
         vector: the dense content vector.
     """
 
-    source: str | None = None
-    families: tuple[Kind, ...] = ()
+    source: str = "reference"
+    families: tuple[Kind, ...] = ("slot",)
     item: bool = True
     profile: bool = True
     vector: bool = False
@@ -124,7 +123,7 @@ def evaluate(
         content = describe_fold(log, fold, work, config.captioner, progress=progress)
         scores: dict[str, list[np.ndarray]] = {}
         for name in config.arms:
-            scores[name] = _scores(log, fold, content, name, work, config, progress)
+            scores[name] = _scores(log, fold, content, name, work, config)
             progress(f"{fold.name}, {name}: {np.mean([_auc(log, fold, s) for s in scores[name]]):.4f} AUC")
         found.append({"fold": fold, "scores": scores})
     report = _summary(log, config, found)
@@ -139,66 +138,40 @@ def _auc(log: Log, fold: Fold, score: np.ndarray) -> float:
 
 
 def _scores(
-    log: Log, fold: Fold, content: Content, name: str, work: Path, config: EvaluationConfig,
-    progress: Callable[[str], None],
-) -> list[np.ndarray]:  # fmt: skip
+    log: Log, fold: Fold, content: Content, name: str, work: Path, config: EvaluationConfig
+) -> list[np.ndarray]:
     """Test scores FP32 [rows], one array per seed."""
     arm = ARMS[name]
-    identity = json.dumps([str(log.data), fold.name, name, repr(arm), repr(config.captioner), repr(config.ranker),
-                           config.seed, config.folds])  # fmt: skip
-    stem = work / f"{config.split}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    identity = [log.identity, fold.name, config.seed, config.folds, *map(repr, (arm, config.captioner, config.ranker))]
+    stem = work / f"{config.split}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
     paths = [stem.with_name(f"{stem.name}-{seed}.npy") for seed in range(config.seeds)]
     if not all(path.exists() for path in paths):
         examples = stem.with_suffix(".parquet")
-        shape, table, vectors, ranker = _prepare(log, fold, content, arm, examples, config)
+        made, shape = _prepare(log, fold, content, arm, examples, config)
+        vectors = content.vectors if arm.vector else None
         for seed, path in enumerate(paths):
             if path.exists():
                 continue
-            model, _ = fit(shape, examples, table, ranker, config.seed + seed, name, vectors=vectors)
-            batches = stream_examples(examples, (TEST,), table, 8192, vectors=vectors)
-            np.save(path, predict(model, shape, batches))
+            model, _ = fit(shape, examples, made.table, config.ranker, config.seed + seed, name, vectors=vectors)
+            batches = stream_examples(examples, (TEST,), made.table, 8192, vectors=vectors)
+            np.save(part := path.with_suffix(".part.npy"), predict(model, shape, batches))
+            part.replace(path)
         examples.unlink()
     return [np.load(path) for path in paths]
 
 
 def _prepare(
     log: Log, fold: Fold, content: Content, arm: Arm, examples: Path, config: EvaluationConfig
-) -> tuple[RankerShape, ItemTable, ItemTable | None, RankerConfig]:
-    ranker = config.ranker
+) -> tuple[Prepared, RankerShape]:
     texts, remembered = _texts(content, arm, config.seed)
-    may = set(fold.fit_items.tolist())
-    columns = Columns.of(read_interactions(log.data), fold)
-    ids = np.array(sorted(texts) or [0], np.int64)
-    if arm.families:
-        spec = TokenSpec.fit(
-            [text for item, text in texts.items() if item in may], families=arm.families, length=ranker.token_length,
-            rows=ranker.token_rows, seed=config.seed, slots=grammar_of(read_record(log.data)),
-        )  # fmt: skip
-        tokens = spec.encode_batch([texts[item] for item in ids.tolist()])
-        past = spec.encode_batch([remembered[item] for item in ids.tolist()])
-        rows, first = spec.rows, spec.ids_of(arm.families[0])
-    else:
-        tokens = past = np.zeros((len(ids), 1), np.int64)
-        rows, first = 1, range(1, 1)
-    profiles = UserProfiles(ProfileConfig(length=ranker.profile_length), first)
-    known = ids.tolist()
-    write_examples(
-        log.data, examples, columns, fold, dict(zip(known, tokens, strict=True)), profiles,
-        history_tokens=dict(zip(known, past, strict=True)),
-    )  # fmt: skip
-    shape = RankerShape(
-        users=columns.users.rows, items=columns.items.rows, context=columns.context, token_rows=rows,
-        dense=len(DENSE), dim=ranker.dim, model=ranker.model, table_std=ranker.table_std,
-        item_tokens=arm.item, user_profile=arm.profile,
-        user_negative=arm.profile, item_vector=content.vectors[1].shape[1] if arm.vector else 0,
-    )  # fmt: skip
-    return shape, (ids, tokens), content.vectors if arm.vector else None, ranker
+    ranker = replace(config.ranker, families=arm.families, seed=config.seed)
+    made = prepare_rows(log.data, examples, fold, texts, fold.fit_items, ranker, remembered=remembered)
+    groups = ("item_tokens",) * arm.item + ("user_profile", "user_negative") * arm.profile
+    return made, made.shape(ranker, groups, content.vectors[1].shape[1] if arm.vector else 0)
 
 
 def _texts(content: Content, arm: Arm, seed: int) -> tuple[Mapping[int, str], Mapping[int, str]]:
     """Item → text, as a feature of an example and as an item of a history."""
-    if arm.source is None:
-        return {}, {}
     if arm.source == "reference":
         return content.reference, content.reference
     if arm.source == "shuffled":

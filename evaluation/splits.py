@@ -6,6 +6,7 @@ written without them, so no fitted part can see one, by mistake or otherwise.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ class Log:
 
     Attributes:
         data: its folder.
+        identity: hash of its files: what was made of a data set is kept only as long as it stays the same.
         user, item: int64 ids. time: int64 microseconds. label: FP32 in [0, 1].
         items: table of the catalogue.
         described: int64 ids of items with media, ascending: those that content can say something of.
     """
 
     data: Path
+    identity: str
     user: np.ndarray
     item: np.ndarray
     time: np.ndarray
@@ -56,9 +59,11 @@ class Log:
         if (np.diff(time) < 0).any():
             raise DataError(f"{data}/interactions.parquet: expected rows in time order; sort them by timestamp")
         shown = [kind is not None for kind in items["media_type"].to_pylist()]
+        files = ("dataset.json", "items.parquet", "interactions.parquet")
+        digests = [hashlib.sha256((data / name).read_bytes()).hexdigest() for name in files]
         return cls(
-            data=data, user=rows["user_id"].to_numpy(), item=rows["item_id"].to_numpy(), time=time,
-            label=rows["label"].to_numpy().astype(np.float32), items=items,
+            data=data, identity="".join(digest[:8] for digest in digests), user=rows["user_id"].to_numpy(),
+            item=rows["item_id"].to_numpy(), time=time, label=rows["label"].to_numpy().astype(np.float32), items=items,
             described=np.sort(items["item_id"].to_numpy()[np.array(shown)]),
         )  # fmt: skip
 

@@ -210,8 +210,8 @@ def tokens(
     """Rows, coverage, collisions and truncation of token families on captions; the last line is JSON."""
     from rich.console import Console
 
+    from evaluation.token_report import measure_tokens, table
     from trainer.captioning import read_captions
-    from trainer.token_report import measure_tokens, table
 
     found, _ = read_captions(captions)
     statistics, document = measure_tokens(
@@ -547,7 +547,7 @@ def explain(
 
     from rich.console import Console
 
-    from trainer import explain as explaining
+    from evaluation import explain as explaining
 
     if caption is None:
         from trainer.captioning import read_captions

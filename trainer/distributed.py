@@ -93,7 +93,7 @@ def train(
     shared: list[Any] = [None]
     if shard.rank == 0:
         made = prepare(data, found, out, config)
-        shape = made.shape(config, arm)
+        shape = made.shape(config, ARMS[arm])
         weights = torch.load(start, weights_only=True) if start else new_ranker(shape, config.seed).state_dict()
         for leftover in (first, last):  # of an interrupted run
             shutil.rmtree(leftover, ignore_errors=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from trainer import metrics
 from trainer.examples import Batch, Columns, ItemTable, stream_examples, write_examples
 from trainer.metrics import grammar_of
 from trainer.ranker_model import MODELS, TABLE_STD, Ranker, RankerShape, new_ranker
-from trainer.splits import TEST, TRAIN, VALID, Split, micros, training_items
+from trainer.splits import TEST, TRAIN, VALID, Rows, Split, micros, training_items
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def train_ranker(
     scores: dict[str, list[np.ndarray]] = {}
     chosen: Ranker | None = None
     for arm in config.arms:
-        shape = made.shape(config, arm)
+        shape = made.shape(config, ARMS[arm])
         scores[arm] = []
         for seed in range(config.seeds):
             model, history = fit(shape, out / "examples.parquet", made.table, config, config.seed + seed, arm)
@@ -139,26 +139,27 @@ def train_ranker(
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What all arms share. The examples themselves are in `examples.parquet`."""
+    """What all arms share. The examples themselves are in a file."""
 
-    split: Split
+    split: Rows
     columns: Columns
     spec: TokenSpec
     table: ItemTable  # item ids and their tokens
     profiles: UserProfiles  # as of the end of the log
 
-    def shape(self, config: RankerConfig, arm: str) -> RankerShape:
-        groups = {group: group in ARMS[arm] for group in ("item_tokens", "user_profile", "user_negative")}
+    def shape(self, config: RankerConfig, groups: Collection[str], item_vector: int = 0) -> RankerShape:
+        """Of a ranker with these feature groups beside ids and context."""
+        chosen = {group: group in groups for group in ("item_tokens", "user_profile", "user_negative")}
         return RankerShape(
             users=self.columns.users.rows, items=self.columns.items.rows, context=self.columns.context,
             token_rows=self.spec.rows, dense=len(DENSE), dim=config.dim, model=config.model,
-            table_std=config.table_std,
-            token_weights=config.token_weights and groups["item_tokens"], **groups,
+            table_std=config.table_std, item_vector=item_vector,
+            token_weights=config.token_weights and chosen["item_tokens"], **chosen,
         )  # fmt: skip
 
 
 def prepare(data: Path, captions: dict[int, str], out: Path, config: RankerConfig) -> Prepared:
-    """Fit the token spec on captions of training items, and write `out/examples.parquet`.
+    """`prepare_rows` by the data set's own split and training items, into `out/examples.parquet`.
 
     Raises:
         DataError: the data set has no interactions.
@@ -170,21 +171,38 @@ def prepare(data: Path, captions: dict[int, str], out: Path, config: RankerConfi
             f"{data}/interactions.parquet: expected interactions to train a ranker on, it is empty"
         )
     split = Split.of(record, micros(interactions["timestamp"]))
-    columns = Columns.of(interactions, split)
-    fit_on = set(
-        items["item_id"].to_numpy()[training_items(items, interactions, record, split, config.seed)].tolist()
-    )
+    may = items["item_id"].to_numpy()[training_items(items, interactions, record, split, config.seed)]
+    return prepare_rows(data, out / "examples.parquet", split, captions, may, config)
+
+
+def prepare_rows(
+    data: Path, examples: Path, rows: Rows, texts: Mapping[int, str], may: np.ndarray, config: RankerConfig, *,
+    remembered: Mapping[int, str] | None = None,
+) -> Prepared:  # fmt: skip
+    """Fit the token spec on texts of the items that it may be fitted on, and write the examples.
+
+    Args:
+        texts: item → its caption. remembered: the same for items in histories, where they are others.
+        may: int64 ids of items.
+    """
+    fit_on = set(may.tolist())
+    columns = Columns.of(read_interactions(data), rows)
     spec = TokenSpec.fit(
-        [caption for item, caption in captions.items() if item in fit_on],
+        [text for item, text in texts.items() if item in fit_on],
         families=config.families, length=config.token_length, rows=config.token_rows, seed=config.seed,
-        slots=grammar_of(record),
+        slots=grammar_of(read_record(data)),
     )  # fmt: skip
-    ids = np.array(sorted(captions), dtype=np.int64)
-    table = (ids, spec.encode_batch([captions[i] for i in ids.tolist()]))
+    ids = np.array(sorted(texts), dtype=np.int64)
+
+    def encoded(texts: Mapping[int, str]) -> np.ndarray:
+        return spec.encode_batch([texts[item] for item in ids.tolist()])
+
+    table = (ids, encoded(texts))
+    past = table[1] if remembered is None else encoded(remembered)
     profiles = UserProfiles(ProfileConfig(length=config.profile_length), spec.ids_of(config.families[0]))
-    tokens = dict(zip(ids.tolist(), table[1], strict=True))
-    write_examples(data, out / "examples.parquet", columns, split, tokens, profiles)
-    return Prepared(split=split, columns=columns, spec=spec, table=table, profiles=profiles)
+    tokens, history = (dict(zip(ids.tolist(), rows_, strict=True)) for rows_ in (table[1], past))
+    write_examples(data, examples, columns, rows, tokens, profiles, history_tokens=history)
+    return Prepared(split=rows, columns=columns, spec=spec, table=table, profiles=profiles)
 
 
 def bayes_auc(data: Path) -> dict[str, float] | None:

@@ -7,8 +7,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from benchmarks.inputs import infer
+from evaluation.explain import Scorer, explain
 from serving.triton import TritonServer
-from trainer.explain import Scorer, explain
 
 CAPTION = "a large red circle with stripes"
 

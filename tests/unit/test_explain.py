@@ -14,12 +14,12 @@ import pytest
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
+from evaluation.explain import SEMANTIC, explain, plot
 from sightline import cli
 from sightline.annotation import Annotated
 from sightline.errors import ConfigError, ReleaseError, TokenSpecError
 from sightline.tokens import TokenSpec
 from trainer.captioning import write_captions
-from trainer.explain import SEMANTIC, explain, plot
 
 NOTE = Annotated("a small red mug, red lid", (4, 2), {"red": 9, "mug": 3}, ("red cup", "a red mug"))
 FAMILIES = ("word", "bigram", "trigram", "slot", "semantic", "confidence", "sample")

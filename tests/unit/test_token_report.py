@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from catalogue.attributes import COLOURS, OBJECTS
+from evaluation.token_report import measure_tokens
 from sightline import cli
 from sightline.errors import ConfigError
 from sightline.tokens import TokenSpec
 from trainer.captioning import write_captions
-from trainer.token_report import measure_tokens
 
 CAPTIONS = [f"{thing}, {colour}, small" for thing in OBJECTS for colour in COLOURS for _ in range(3)]
 

@@ -20,9 +20,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +27,7 @@ from rich.text import Text
 from build.render import read_config
 from sightline.annotation import plain
 from sightline.errors import ConfigError, ReleaseError
+from sightline.lookup import Lookup
 from sightline.tokens import TokenSpec
 
 __all__ = ["Explanation", "Occlusion", "Scorer", "explain", "plot", "table"]
@@ -37,7 +35,6 @@ __all__ = ["Explanation", "Occlusion", "Scorer", "explain", "plot", "table"]
 Row = dict[str, NDArray[Any]]
 """Input of the ranker's graphs: name → value of one row, without the batch dimension."""
 SEMANTIC = "(semantic id)"
-TABLES = ("users", "items")
 PROFILES = ("profile", "profile_negative")
 
 
@@ -81,7 +78,7 @@ class Scorer:
         models = release_dir / "model_repository"
         try:
             self.spec = TokenSpec.load(models / "tokenize" / "1" / "token_spec.json")
-            self._users, self._items = (pq.read_table(models / "lookup" / "1" / f"{t}.parquet") for t in TABLES)
+            self._lookup = Lookup(models / "lookup" / "1")
             self._embed, self._score = (
                 onnxruntime.InferenceSession(models / name / "1" / "model.onnx", providers=["CPUExecutionProvider"])
                 for name in ("embed", "score")
@@ -105,13 +102,14 @@ class Scorer:
             if name not in self.columns or not 0 <= value < self.columns[name]:
                 known = ", ".join(f"{n}=0…{c - 1}" for n, c in self.columns.items()) or "none"
                 raise ConfigError(f"--context {name}={value}: this ranker's context is {known}")
-        (about, user_known), (index, item_known) = _find(self._users, user), _find(self._items, item)
+        found = self._lookup(np.array([user]), np.array([item]))
+        known = (int(table.rows(np.array([key]))[0]) > 0
+                 for table, key in ((self._lookup.users, user), (self._lookup.items, item)))  # fmt: skip
         return {
-            **about,
-            **index,
+            **{name: value[0] for name, value in found.items()},
             "CONTEXT": np.array([context.get(name, 0) for name in self.columns], np.int64),
             "ITEM_TOKENS": self.spec.encode(caption),
-        }, user_known, item_known  # fmt: skip
+        }, *known
 
     def score(self, rows: list[Row]) -> NDArray[np.float32]:
         """SCORE FP32 [len(rows)]."""
@@ -124,16 +122,6 @@ class Scorer:
 
 def _inputs(session: onnxruntime.InferenceSession, batch: Row) -> Row:
     return {tensor.name: batch[tensor.name] for tensor in session.get_inputs()}
-
-
-def _find(table: pa.Table, key: int) -> tuple[Row, bool]:
-    """The row whose first column is `key`, else that of key 0, by the names that `lookup` gives its columns."""
-    at = pc.index(table.column(0), key).as_py()
-    row = table.slice(max(at, 0), 1).to_pylist()[0]
-    del row[table.column_names[0]]
-    values = {name.upper(): np.atleast_1d(np.array(value)) for name, value in row.items()}
-    typed = {name: value.astype(np.int64 if value.dtype.kind == "i" else np.float32) for name, value in values.items()}
-    return typed, at > 0
 
 
 def explain(
