@@ -108,8 +108,8 @@ def walk_stages(
         step("tensorrt_llm", {"input_ids": input_ids, "prompt_embedding_table": table}
              | {name: np.array([value], dtype=np.int32) for name, value in scalars.items()})
 
-        caption = step("caption", media)["CAPTION"]
-        tokens = step("tokenize", {"CAPTION": caption})
+        annotation = step("caption", media)["ANNOTATION"]
+        tokens = step("tokenize", {"CAPTION": annotation})
         found = step("lookup", ids)
         dense = {"DENSE": found.pop("DENSE")}
         features = step("embed", found | tokens | {"CONTEXT": request.context})

@@ -10,7 +10,7 @@ Regime: one process, texts in memory, ids int64 [texts, 32] out, as training and
 Peers: `loop`, the specification itself one text at a time, on the first texts; `tokenizers`, Hugging Face's
     encode_batch_fast in Rust on all cores, with byte pairs learnt from the same texts. It gives pieces only: no pairs,
     hashes or padding.
-Ceiling: `split`, Python's own str.split and no more, one core: whoever makes words as Python strings pays that.
+Ceiling: `split`, Python's own str.split and no more, one core: whoever makes all words Python strings pays that.
 Method: ways take turns; the first run of each is left out; medians of `--runs`, lowest–highest.
 
     python -m benchmarks.tokens [--texts 100000] [--runs 5] [--families word bigram]

@@ -15,15 +15,16 @@ import pyarrow.parquet as pq
 
 from build.execute import execute
 from build.gpu_config import write_engine_config, write_onnx_configs
-from build.plan import ExportOptions, Plan, cpu_plan
+from build.plan import NODE, ExportOptions, Plan, cpu_plan
 from build.render import read_config, render
 from sightline import __version__, release
 from sightline.errors import ReleaseError
 from sightline.media import MediaSpec
-from sightline.node import TENSORRT, TENSORRT_LLM
+from sightline.node import TENSORRT_LLM
 from sightline.prompt import CaptionPrompt, captioner_version
-from sightline.release import Components, Engine, Limits, Manifest
-from sightline.tokens import TokenSpec
+from sightline.release import Components, Limits, Manifest
+from sightline.tokens import Kind, TokenSpec
+from sightline.words import WORDS
 
 SOURCE = Path(__file__).parents[1] / "model_repository"
 # What the caption model reads of a captioner folder; weights go to vision_encoder and tensorrt_llm.
@@ -32,7 +33,10 @@ CAPTION_FILES = (
     "tokenizer.json",
     "preprocessor_config.json",
     "processor_config.json",
+    WORDS,
 )
+# Token families that read more than a caption (sightline/annotation.py).
+ANNOTATED: frozenset[Kind] = frozenset({"semantic", "confidence", "sample"})
 # Models of each lane that another lane does not have.
 ENGINE_MODELS, LLMAPI_CAPTION = ("vision_encoder", "tensorrt_llm"), "caption_llmapi"
 STAND_INS = {"onnxruntime": "onnxruntime (python, CPU)", "tensorrtllm": "tensorrtllm (python, CPU)"}
@@ -54,7 +58,6 @@ def build_release(
     ranker_dir: str | Path,
     releases_dir: str | Path,
     *,
-    export: ExportOptions | None = None,
     plan: Plan | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> str:
@@ -71,7 +74,8 @@ def build_release(
     """
     captioner_dir, ranker_dir, releases_dir = Path(captioner_dir), Path(ranker_dir), Path(releases_dir)
     components, ranker = _components(captioner_dir, ranker_dir)
-    plan = plan or cpu_plan(captioner_dir, ranker_dir, work_folder(releases_dir), export or ExportOptions())
+    plan = plan or cpu_plan(captioner_dir, ranker_dir, work_folder(releases_dir), ExportOptions())
+    _check_annotations(plan, captioner_dir, ranker_dir)
     parts = execute(plan, progress=progress)
     media, prompt = MediaSpec.from_pretrained(captioner_dir), CaptionPrompt.from_pretrained(captioner_dir)
     with release.staging(releases_dir) as staged:
@@ -91,6 +95,8 @@ def build_release(
         (models / "caption" / "1" / "sightline.json").write_text(json.dumps(own, indent=2))
         _place_ranker(parts["ranker"], models)
         checks: dict[str, Any] = {"ranker": json.loads((parts["ranker"] / "checks.json").read_text())}
+        if NODE in parts:
+            checks["node"] = json.loads((parts[NODE] / "node.json").read_text())
         dims = _ranker_dims(models, ranker)
         if llmapi:
             _link(captioner_dir, models / "caption" / "1" / "checkpoint")
@@ -121,7 +127,7 @@ def build_release(
                 batch_size=batch, media_bytes=media.max_bytes, media_pixels=media.max_pixels,
                 video_frames=frames, caption_tokens=own["max_new_tokens"],
             ),
-            engine=_engine(plan), checks=checks,
+            engine=plan.engine, checks=checks,
             built_with={"sightline": __version__} | {package: version(package) for package in PACKAGES},
             files=release.hash_files(staged),
         )  # fmt: skip
@@ -186,6 +192,18 @@ def _components(captioner_dir: Path, ranker_dir: Path) -> tuple[Components, dict
     return Components(captioner=captioner, token_spec=spec.version, ranker=ranker["version"]), ranker
 
 
+def _check_annotations(plan: Plan, captioner_dir: Path, ranker_dir: Path) -> None:
+    """What the ranker's tokens are made of must be there when it is served, too."""
+    kinds = {family.kind for family in TokenSpec.load(ranker_dir / "token_spec.json").families}
+    served = {"confidence"} if plan.lane != "llmapi" and (captioner_dir / WORDS).exists() else set()
+    if missing := ", ".join(sorted((ANNOTATED & kinds) - served)):
+        raise ReleaseError(
+            f"{ranker_dir}/token_spec.json: its families {missing} read what this release would not answer. It "
+            f"answers confidences, in lanes cpu and trtllm, if the captioner has {WORDS}, as one trained from scratch "
+            "does; train a ranker without these families, or take such a captioner and lane"
+        )
+
+
 def _place_captioner(
     plan: Plan, parts: Mapping[str, Path], vision: Mapping[str, Any], models: Path, media: MediaSpec,
     prompt: CaptionPrompt, frames: int,
@@ -215,6 +233,7 @@ def _place_captioner(
     return {
         "pixel_values": [3, vision["height"], vision["width"]],
         "image_features": [vision["tokens"], vision["hidden"]],
+        "pooled_features": [vision["pooled"]],
         "prompt_embedding_table": [-1, c.hidden],
     }
 
@@ -251,19 +270,6 @@ def _caption_parameters(plan: Plan, configs: Mapping[str, Any]) -> dict[str, str
         "tensor_parallel_size": str(plan.options.gpus), "dtype": plan.options.dtype,
         "kv_cache_dtype": plan.options.kv_dtype,
     }  # fmt: skip
-
-
-def _engine(plan: Plan) -> Engine | None:
-    if plan.lane != "trtllm":
-        return None
-    assert plan.options is not None
-    options = plan.options
-    return Engine(
-        gpu=options.gpu.name, gpus=options.gpus, capability=".".join(map(str, options.gpu.capability)),
-        tensorrt_llm=TENSORRT_LLM, tensorrt=TENSORRT, quantization=options.quant, dtype=options.dtype,
-        max_batch_size=options.batch, max_input_len=plan.limits["max_input_len"],
-        max_seq_len=plan.limits["max_seq_len"], images=options.images,
-    )  # fmt: skip
 
 
 def _write_gpu_configs(plan: Plan, models: Path) -> None:

@@ -32,7 +32,8 @@ from build.engine import (
 from build.records import check_argv, load
 from sightline import __version__
 from sightline.errors import ConfigError
-from sightline.node import BASE_IMAGE, TENSORRT_LLM
+from sightline.node import BASE_IMAGE, PROBE, TENSORRT, TENSORRT_LLM
+from sightline.release import Engine
 
 LANES = ("cpu", "trtllm", "llmapi")
 ENGINE_ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -40,6 +41,10 @@ LENGTHS = {"max_input_len": "--max_input_len", "max_seq_len": "--max_seq_len", "
 LARGE = 2**26  # bytes; files above are hashed once and remembered
 # Versions that change what an own step writes.
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "torchrec")
+# The step that looks at the node: the engine is for what stands in the plan.
+NODE = "node"
+# The user that a container step runs as has no home of its own in the image.
+CONTAINER_ENV = {"HOME": "/tmp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ class Step:
         where: `here` (this environment) or `container` (TensorRT-LLM's).
         inputs, output: folders read, folder written.
         env: set beside the environment.
-        key: hash of everything that decides the output; None: runs every time.
+        key: hash of everything that decides the output.
     """
 
     name: str
@@ -83,7 +88,7 @@ class Step:
     inputs: tuple[Path, ...]
     output: Path
     env: Mapping[str, str] = field(default_factory=dict)
-    key: str | None
+    key: str
 
     def command(self) -> str:
         """As a shell would take it."""
@@ -98,7 +103,7 @@ class Plan:
         lane: one of `LANES`.
         steps: in order.
         work: folder of the steps' outputs.
-        options, budget, limits: None or empty where the lane builds no engine.
+        options, budget, limits, engine: None or empty where the lane builds no engine.
         notes: what the reader of the plan should know.
     """
 
@@ -110,6 +115,7 @@ class Plan:
     options: EngineOptions | None = None
     budget: Budget | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
+    engine: Engine | None = None
     notes: tuple[str, ...] = ()
 
     def step(self, name: str) -> Step:
@@ -130,14 +136,14 @@ class _Steps:
 
     def add(
         self, name: str, argv: Callable[[Path], Sequence[str]], inputs: Sequence[Path], *,
-        where: Literal["here", "container"] = "here", env: Mapping[str, str] | None = None,
+        where: Literal["here", "container"] = "here", target: str = "",
     ) -> Path:  # fmt: skip
-        """Append a step; `argv` gets its output folder, which is returned."""
-        env = dict(env or {})
+        """Append a step; `argv` gets its output folder, which is returned. `target`: what else decides the output."""
+        env = CONTAINER_ENV if where == "container" else {}
         versions = _own_versions() if where == "here" else {"container": BASE_IMAGE, "tensorrt_llm": TENSORRT_LLM}
         placeholders = {str(path): f"<{self._key(path)}>" for path in inputs}
         words = [placeholders.get(word, word) for word in argv(Path("<output>"))]
-        identity = [name, words, sorted(placeholders.values()), sorted(env.items()), sorted(versions.items())]
+        identity = [name, words, sorted(placeholders.values()), sorted(env.items()), sorted(versions.items()), target]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         output = self.work / f"{name}-{key}"
         self._keys[output] = key
@@ -205,6 +211,10 @@ def _add_decoder(steps: _Steps, checkpoint: Path) -> Path:
 
 def _add_ranker(steps: _Steps, ranker: Path | None, export: ExportOptions) -> None:
     if ranker is not None:
+        if not (ranker / "ranker.json").exists():
+            raise ConfigError(
+                f"--ranker {ranker}: expected a folder with ranker.json; make one with `sightline train ranker`"
+            )
         ranker = ranker.resolve()
         int8 = ("--score-int8",) * export.score_int8
         steps.add("ranker", lambda out: _own("ranker", str(ranker), str(out), *export.flags, *int8), [ranker])
@@ -215,7 +225,7 @@ def _add_ranker(steps: _Steps, ranker: Path | None, export: ExportOptions) -> No
 
 def cpu_plan(checkpoint: str | Path, ranker: Path | None, work: Path, export: ExportOptions) -> Plan:
     """Plan of a release without an engine: exports only."""
-    shape = Checkpoint.read(checkpoint)
+    shape = _read(checkpoint)
     steps = _Steps(work)
     _add_vision(steps, shape.folder, export)
     _add_decoder(steps, shape.folder)
@@ -238,7 +248,7 @@ def engine_plan(
     Raises:
         ConfigError: the plan cannot work; the message says why, with the numbers, and what to change.
     """
-    c = Checkpoint.read(checkpoint)
+    c = _read(checkpoint)
     if c.architecture != ENGINE_ARCHITECTURE:
         other = c.architecture in load("llm_api")["multimodal_models"]
         raise ConfigError(
@@ -255,7 +265,18 @@ def engine_plan(
         max_seq_len=int(parsed["--max_seq_len"]), ranker_bytes=_size(ranker / "model.pt") if ranker else 0,
     )  # fmt: skip
 
+    engine = Engine(
+        gpu=options.gpu.name, gpus=options.gpus, capability=".".join(map(str, options.gpu.capability)),
+        tensorrt_llm=TENSORRT_LLM, tensorrt=TENSORRT, quantization=options.quant, dtype=options.dtype,
+        max_batch_size=options.batch, max_input_len=int(parsed["--max_input_len"]),
+        max_seq_len=int(parsed["--max_seq_len"]), images=options.images,
+    )  # fmt: skip
+
     steps = _Steps(work)
+    # First, so that a build on another node ends before it costs anything.
+    node = steps.add(
+        NODE, lambda out: ["python3", "-c", PROBE], [], where="container", target=f"{engine.gpus} x {engine.gpu}"
+    )
     _add_vision(steps, c.folder, export)
     decoder = _add_decoder(steps, c.folder)
     _add_ranker(steps, ranker, export)
@@ -280,17 +301,17 @@ def engine_plan(
     steps.add(
         "engine",
         lambda out: ["trtllm-build", "--checkpoint_dir", str(converted), "--output_dir", str(out), *arguments],
-        [converted], where="container",
+        [converted, node], where="container",
     )  # fmt: skip
     return Plan(
         lane="trtllm", steps=tuple(steps.steps), work=work, checkpoint=c, export=export, options=options,
-        budget=budget, limits=limits | {name: int(parsed[flag]) for name, flag in LENGTHS.items()},
+        engine=engine, budget=budget, limits=limits | {name: int(parsed[flag]) for name, flag in LENGTHS.items()},
         notes=(
             *_notes(c, ranker),
             "The vision tower needs no engine step: Triton's onnxruntime backend compiles vision.onnx with TensorRT "
             "at its first start and keeps the result.",
             *(
-                ["Calibration reads a public data set in the container: it needs the network, or --calib_dataset."]
+                ["Calibration reads a public data set in the container: it needs the network."]
                 if options.quant in ("awq", "fp8")
                 else []
             ),
@@ -306,7 +327,7 @@ def llmapi_plan(
     Raises:
         ConfigError: the LLM API does not list the architecture.
     """
-    c = Checkpoint.read(checkpoint)
+    c = _read(checkpoint)
     models = load("llm_api")["multimodal_models"]
     if c.architecture not in models:
         raise ConfigError(
@@ -325,6 +346,13 @@ def llmapi_plan(
         lane="llmapi", steps=tuple(steps.steps), work=work, checkpoint=c, export=export, options=options,
         limits=limits_of(c, options, options.batch), notes=tuple(_notes(c, ranker)),
     )  # fmt: skip
+
+
+def _read(checkpoint: str | Path) -> Checkpoint:
+    try:
+        return Checkpoint.read(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--checkpoint {checkpoint}: one of its files cannot be read: {error}") from error
 
 
 def _size(path: Path) -> int:

@@ -20,10 +20,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from sklearn.metrics import roc_auc_score
 
+from build.vision_onnx import OUTPUTS
 from sightline.errors import ReleaseError
+from sightline.words import WordHead
 
-# Relative RMS error of image features. FP16 carries 2^-11 per rounding; random errors of some hundred operators
-# in a row stay below one in a hundred, which changes a greedy caption only at ties.
+# Relative RMS error of image features and of pooled features. FP16 carries 2^-11 per rounding; random errors of some
+# hundred operators in a row stay below one in a hundred, which changes a greedy caption only at ties.
 VISION_TOLERANCE = 1e-2
 # Largest change of one SCORE, a probability, and loss of AUC where labels are at hand.
 SCORE_TOLERANCE = 5e-3
@@ -32,27 +34,41 @@ AUC_TOLERANCE = 1e-3
 Feed = Mapping[str, NDArray[Any]]
 
 
-def fp16_vision(path: Path, pixels: NDArray[np.float32], inputs: str) -> dict[str, Any]:
+def fp16_vision(path: Path, pixels: NDArray[np.float32], inputs: str, head: WordHead | None = None) -> dict[str, Any]:
     """Error of the vision graph `path` in FP16 on pixels [N, 3, H, W]; `inputs` says what they are.
 
+    With the captioner's `head` also `levels_changed`: the share of word levels, of those that either precision gives
+    a frame, that the other does not.
+
     Raises:
-        ReleaseError: above `VISION_TOLERANCE`.
+        ReleaseError: an output above `VISION_TOLERANCE`.
     """
     how, session = _fp16(path)
-    squared = total = 0.0
     reference = _session(path)
+    squared, total = np.zeros(len(OUTPUTS)), np.zeros(len(OUTPUTS))
+    pooled: list[list[NDArray[np.float32]]] = []
     for row in pixels:  # one at a time: activations of a large tower fill memory
-        exact = reference.run(None, {"pixel_values": row[None]})[0]
-        rough = session.run(None, {"pixel_values": row[None]})[0].astype(np.float32)
-        squared, total = squared + float(((rough - exact) ** 2).sum()), total + float((exact**2).sum())
-    error = (squared / total) ** 0.5
-    if not error <= VISION_TOLERANCE:
-        raise ReleaseError(
-            f"{path.name}: image features in FP16 are off by {error:.1%} (relative RMS, {how}), expected at most "
-            f"{VISION_TOLERANCE:.1%}; build with --precision fp32"
+        exact, rough = (
+            [output.astype(np.float32) for output in one.run(list(OUTPUTS), {"pixel_values": row[None]})]
+            for one in (reference, session)
         )
-    return {"precision": "fp16", "relative_rms": error, "tolerance": VISION_TOLERANCE, "rows": len(pixels),
-            "inputs": inputs, "how": how}  # fmt: skip
+        squared += [float(((ours - theirs) ** 2).sum()) for ours, theirs in zip(rough, exact, strict=True)]
+        total += [float((theirs**2).sum()) for theirs in exact]
+        pooled.append([exact[1], rough[1]])
+    errors = dict(zip(OUTPUTS, np.sqrt(squared / total).tolist(), strict=True))
+    for name, error in errors.items():
+        if not error <= VISION_TOLERANCE:
+            raise ReleaseError(
+                f"{path.name}: {name} in FP16 are off by {error:.1%} (relative RMS, {how}), expected at most "
+                f"{VISION_TOLERANCE:.1%}; build with --precision fp32"
+            )
+    found = {"precision": "fp16", "relative_rms": errors, "tolerance": VISION_TOLERANCE, "rows": len(pixels),
+             "inputs": inputs, "how": how}  # fmt: skip
+    if head is not None:
+        levels = [[set(one.items()) for one in head(both)] for both in pooled]
+        either = sum(len(exact | rough) for exact, rough in levels)
+        found["levels_changed"] = sum(len(exact ^ rough) for exact, rough in levels) / max(1, either)
+    return found
 
 
 def fp16_ranker(folder: Path, feed: Feed, label: NDArray[Any] | None, inputs: str) -> dict[str, Any]:

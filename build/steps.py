@@ -22,7 +22,9 @@ from build import precision
 from build.decoder import write_decoder
 from build.ranker_onnx import example_inputs, export_ranker
 from build.vision_onnx import export_vision
+from sightline.lookup import Lookup
 from sightline.media import MediaSpec
+from sightline.words import WordHead
 
 SYNTHETIC = 8  # seeded random inputs where a folder has no check.npz
 
@@ -32,6 +34,7 @@ def run(argv: Sequence[str]) -> None:
 
     Raises:
         ReleaseError: an export differs from its model, or a lower precision costs too much.
+        ConfigError: the captioner's words.npz is not of its vision tower.
     """
     parser = argparse.ArgumentParser(prog="python -m build.steps", description=__doc__)
     parser.add_argument("step", choices=["vision", "decoder", "ranker"])
@@ -54,14 +57,16 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _vision(source: Path, out: Path, wanted: str) -> None:
-    dims = export_vision(source, out / "model.onnx")
+    dims, words = export_vision(source, out / "model.onnx"), WordHead.from_pretrained(source)
+    if words is not None:
+        words.check(dims.pooled)
     record: dict[str, Any] = {
         "height": dims.height, "width": dims.width, "tokens": dims.tokens, "hidden": dims.hidden,
-        "error": dims.error, "check": {"precision": "fp32"},
+        "pooled": dims.pooled, "error": dims.error, "check": {"precision": "fp32"},
     }  # fmt: skip
     if wanted == "fp16":
         pixels, inputs = _pixels(source, dims.height, dims.width)
-        record["check"] = precision.fp16_vision(out / "model.onnx", pixels, inputs)
+        record["check"] = precision.fp16_vision(out / "model.onnx", pixels, inputs, words)
     (out / "vision.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -96,6 +101,7 @@ def _ranker(source: Path, out: Path, wanted: str, *, int8: bool) -> None:
     (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
     for name in ("token_spec.json", "users.parquet", "items.parquet"):
         shutil.copyfile(source / name, out / name)
+    Lookup(out)  # the server reads these tables at its start; better no release than one that does not load
 
 
 if __name__ == "__main__":

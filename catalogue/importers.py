@@ -21,7 +21,7 @@ from catalogue.movies import movie_caption, movie_slots, release_year
 from catalogue.source import Source, columns_of
 from sightline.errors import DataError, MediaError
 from sightline.media import MediaSpec, decode, sniff
-from sightline.schema import CONTEXT_PREFIX, INTERACTIONS, TIMESTAMP, write_dataset
+from sightline.schema import CONTEXT_PREFIX, INTERACTIONS, INTERACTIONS_OPTIONAL, TIMESTAMP, write_dataset
 
 __all__ = ["import_emoji", "import_movielens", "import_table", "movie_caption", "movie_slots"]
 
@@ -51,13 +51,16 @@ def import_movielens(folder: Path, out: Path, *, positive_rating: float = 4.0) -
     rated = ratings.convert("movieId", pa.int64())
     ratings.require(pc.is_in(rated, value_set=ids.combine_chunks()), "movieId", "a movieId of movies.csv")
     rating = ratings.convert("rating", pa.float64())
-    ratings.require(pc.is_finite(rating), "rating", "a number")
+    on_scale = pc.and_(pc.greater_equal(rating, 0.5), pc.less_equal(rating, 5.0))  # false for NaN
+    ratings.require(on_scale, "rating", "a number from 0.5 to 5")
     interactions = pa.table(
         {
             "user_id": ratings.convert("userId", pa.int64()),
             "item_id": rated,
             "timestamp": ratings.times("timestamp"),
             "label": pc.greater_equal(rating, positive_rating).cast(pa.float32()),
+            # Half a star is −1, five are 1.
+            "strength": pc.divide(pc.subtract(rating, 2.75), 2.25).cast(pa.float32()),
         }
     )
     interactions = _in_time_order(interactions)
@@ -127,8 +130,8 @@ def import_table(
     """Tables of any origin, CSV or Parquet by their suffix.
 
     items: `item_id`; optional `media` (a path inside `media_folder`, by default the file's own folder),
-    `created_at`, `text`. interactions: `user_id`, `item_id`, `timestamp`, `label` (0 or 1), and any
-    `context_<name>` (0, 1, …). The mappings give the files' own names where they differ, e.g.
+    `created_at`, `text`. interactions: `user_id`, `item_id`, `timestamp`, `label` (0 or 1), optional `strength`
+    (−1 … 1), and any `context_<name>` (0, 1, …). The mappings give the files' own names where they differ, e.g.
     `{"item_id": "sku"}` and `{"context_slot": "position"}`.
 
     Times are ISO 8601 (UTC where no zone is given) or Unix seconds; an item without `created_at` is created
@@ -174,13 +177,17 @@ def _read_log(
 ) -> tuple[pa.Table, dict[str, int] | None]:
     """Interactions with our item ids; the users' numbers by their own ids, None where they are the same."""
     context = sorted({name for name in (*columns_of(path), *names) if name.startswith(CONTEXT_PREFIX)})
-    log = Source(path, INTERACTIONS.names, context, names)
+    log = Source(path, INTERACTIONS.names, [*INTERACTIONS_OPTIONAL.names, *context], names)
     item_ids = pa.chunked_array([[numbers.get(own) for own in log.strings("item_id")]], pa.int64())
     log.require(pc.is_valid(item_ids), "item_id", "an item of the items file")
     label = log.convert("label", pa.float32())
     log.require(pc.is_in(label, value_set=_BINARY), "label", "0 or 1")
     user_ids, users = log.ids("user_id")
     columns = {"user_id": user_ids, "item_id": item_ids, "timestamp": log.times("timestamp"), "label": label}
+    if "strength" in log:
+        strength = columns["strength"] = log.convert("strength", pa.float32())
+        inside = pc.and_(pc.greater_equal(strength, -1.0), pc.less_equal(strength, 1.0))  # false for NaN
+        log.require(inside, "strength", "a number from -1 to 1")
     for name in context:
         columns[name] = log.convert(name, pa.int32())
         log.require(pc.greater_equal(columns[name], 0), name, "an index of at least 0")

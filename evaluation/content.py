@@ -95,7 +95,7 @@ def _described(
     log: Log, texts: Mapping[int, str], work: Path, config: CaptionerConfig, progress: Callable[[str], None]
 ) -> Described:
     """A captioner fitted on exactly `texts`, applied to everything; kept under a name that follows from both."""
-    digest = hashlib.sha256(json.dumps([log.identity, sorted(texts.items()), repr(config)]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([log.catalogue, sorted(texts.items()), repr(config)]).encode()).hexdigest()[:12]
     folder, cache = work / f"captioner-{digest}", work / f"described-{digest}.npz"
     if not cache.exists():
         progress(f"captioner on {len(texts)} items: {folder}")

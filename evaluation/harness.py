@@ -48,7 +48,7 @@ class Arm:
     vector: bool = False
 
 
-FULL: tuple[Kind, ...] = ("slot", "confidence")
+FULL: tuple[Kind, ...] = ("slot", "confidence")  # profiles are of the first
 ARMS: dict[str, Arm] = {
     "ids": Arm(item=False, profile=False),
     "tokens": Arm(source="captions", families=FULL),
@@ -60,6 +60,7 @@ ARMS: dict[str, Arm] = {
     "dense vector": Arm(item=False, profile=False, vector=True),
     "shuffled": Arm(source="shuffled", families=FULL),
     "oracle": Arm(source="reference", families=("slot",)),
+    "oracle, item only": Arm(source="reference", families=("slot",), profile=False),
 }
 
 
@@ -76,14 +77,18 @@ class EvaluationConfig:
     folds: int = 5
     seeds: int = 5
     seed: int = 0
-    arms: tuple[str, ...] = ("ids", "tokens", "dense vector", "semantic ids", "shuffled", "oracle")
+    arms: tuple[str, ...] = (
+        "ids", "tokens", "tokens, item only", "dense vector", "semantic ids", "shuffled", "oracle"
+    )  # fmt: skip
     captioner: CaptionerConfig = field(
         default_factory=lambda: CaptionerConfig(
             teacher_steps=450, tower_steps=350, steps=150, shift=6, eval_every=150
         )
     )
     ranker: RankerConfig = field(
-        default_factory=lambda: RankerConfig(id_dropout=0.3, epochs=8, table_std=0.03, table_lr=0.05, lr=2e-3)
+        default_factory=lambda: RankerConfig(
+            item_dropout=0.3, user_dropout=0.05, epochs=12, patience=2, table_std=0.03, table_lr=0.05, lr=2e-3
+        )
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +157,10 @@ def _scores(
         for seed, path in enumerate(paths):
             if path.exists():
                 continue
-            model, _ = fit(shape, examples, made.table, config.ranker, config.seed + seed, name, vectors=vectors)
+            model, _ = fit(
+                shape, examples, made.table, config.ranker, config.seed + seed, name, vectors=vectors,
+                tokens=made.tokens,
+            )  # fmt: skip
             batches = stream_examples(examples, (TEST,), made.table, 8192, vectors=vectors)
             np.save(part := path.with_suffix(".part.npy"), predict(model, shape, batches))
             part.replace(path)

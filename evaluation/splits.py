@@ -30,7 +30,8 @@ class Log:
 
     Attributes:
         data: its folder.
-        identity: hash of its files: what was made of a data set is kept only as long as it stays the same.
+        identity, catalogue: hashes of its files, of items.parquet alone: what was made of them is kept only as long as
+            they stay the same.
         user, item: int64 ids. time: int64 microseconds. label: FP32 in [0, 1].
         items: table of the catalogue.
         described: int64 ids of items with media, ascending: those that content can say something of.
@@ -38,6 +39,7 @@ class Log:
 
     data: Path
     identity: str
+    catalogue: str
     user: np.ndarray
     item: np.ndarray
     time: np.ndarray
@@ -59,10 +61,10 @@ class Log:
         if (np.diff(time) < 0).any():
             raise DataError(f"{data}/interactions.parquet: expected rows in time order; sort them by timestamp")
         shown = [kind is not None for kind in items["media_type"].to_pylist()]
-        files = ("dataset.json", "items.parquet", "interactions.parquet")
-        digests = [hashlib.sha256((data / name).read_bytes()).hexdigest() for name in files]
+        files = ("items.parquet", "interactions.parquet", "dataset.json")
+        digests = [hashlib.sha256((data / name).read_bytes()).hexdigest()[:12] for name in files]
         return cls(
-            data=data, identity="".join(digest[:8] for digest in digests), user=rows["user_id"].to_numpy(),
+            data=data, identity="-".join(digests), catalogue=digests[0], user=rows["user_id"].to_numpy(),
             item=rows["item_id"].to_numpy(), time=time, label=rows["label"].to_numpy().astype(np.float32), items=items,
             described=np.sort(items["item_id"].to_numpy()[np.array(shown)]),
         )  # fmt: skip

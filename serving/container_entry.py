@@ -5,40 +5,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from serving.container import GRPC_PORT, HTTP_PORT, METRICS_PORT, gpu_release, list_gpus
+from serving.container import GRPC_PORT, HTTP_PORT, METRICS_PORT, gpu_release
 from sightline.errors import ServingError, SightlineError
-from sightline.node import BASE_IMAGE, require_node
-
-# Asks the image's own python3, which this environment does not see.
-VERSIONS = """
-import json
-from importlib.metadata import version
-print(json.dumps([version("tensorrt_llm"), version("tensorrt")]))
-"""
+from sightline.node import BASE_IMAGE, PROBE, Node, require_node
 
 
-def installed_versions() -> tuple[str, str]:
-    """TensorRT-LLM and TensorRT of the image.
+def this_node() -> Node:
+    """TensorRT-LLM and TensorRT of the image, and the GPUs that it sees.
 
     Raises:
-        ServingError: they are not there.
+        ServingError: one of them is not there.
     """
-    command = ["/usr/bin/env", "python3", "-c", VERSIONS]
+    command = ["/usr/bin/env", "python3", "-c", PROBE]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["no answer"])[-1]
         raise ServingError(
-            f"python3 here has no tensorrt_llm or tensorrt ({reason}); run this in the image that deploy/Containerfile "
-            f"makes from {BASE_IMAGE}"
+            f"python3 here finds no tensorrt_llm, tensorrt or GPU ({reason}); run this with --gpus=all in the image "
+            f"that deploy/Containerfile makes from {BASE_IMAGE}"
         )
-    tensorrt_llm, tensorrt = json.loads(found.stdout.splitlines()[-1])
-    return tensorrt_llm, tensorrt
+    return Node.parse(found.stdout)
 
 
 def server_command(release_dir: Path, gpus: int = 1) -> list[str]:
@@ -114,9 +105,10 @@ def main(arguments: list[str]) -> None:
         release_dir, cache = Path(arguments[0]), Path(arguments[1])
         manifest = gpu_release(release_dir)
         if manifest.engine is not None:
-            tensorrt_llm, tensorrt = installed_versions()
-            capabilities = [gpu.capability for gpu in list_gpus()]
-            require_node(manifest.engine, capabilities=capabilities, tensorrt_llm=tensorrt_llm, tensorrt=tensorrt)
+            node = this_node()
+            require_node(
+                manifest.engine, capabilities=node.capabilities, tensorrt_llm=node.tensorrt_llm, tensorrt=node.tensorrt
+            )
         claim_cache(cache, manifest.release)
         print(f"serving release {manifest.release} (lane {manifest.lane})", file=sys.stderr, flush=True)
         gpus = manifest.engine.gpus if manifest.engine else 1

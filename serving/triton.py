@@ -36,7 +36,7 @@ LOADED = re.compile(r"successfully loaded '(\w+)'")
 NOISE = re.compile("cuda", re.IGNORECASE)
 FAILED = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 # A python stub that dies while its model loads is not noticed by Triton 2.51, which then waits for ever.
-CRASHED = re.compile(r"terminate called|what\(\):\s*(.*)")
+CRASHED = re.compile(r"what\(\):\s*(.+)")
 # The last of the services that Triton starts after the models.
 READY = "Started Metrics Service"
 
@@ -185,7 +185,7 @@ class TritonServer:
                     self._events.put(("failed", f"{found[1]}: {found[2]}"))
                 elif READY in line:
                     self._events.put(("ready", ""))
-                elif (found := CRASHED.search(line)) and found[1]:
+                elif found := CRASHED.search(line):
                     self._events.put(("crashed", found[1]))
                 elif line.startswith("E") and not NOISE.search(line):
                     self._progress(line.rstrip())

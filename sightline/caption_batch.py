@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sightline.annotation import plain
 from sightline.media import content_hash
 
 __all__ = ["Answer", "DownstreamError", "answer"]
 
 
 class Answer(NamedTuple):
-    """What one row gets; `error` is empty when `caption` is the model's."""
+    """What one row gets: an annotated caption (sightline/annotation.py), or why there is none."""
 
-    caption: str = ""
+    annotation: str = ""
     error: str = ""
 
 
@@ -60,7 +61,8 @@ def _response(answers: list[Answer], pb_utils: Any) -> Any:
             error=pb_utils.TritonError(f"MEDIA: no row can be used: {reasons}", pb_utils.TritonError.INVALID_ARG)
         )
     columns = {
-        "CAPTION": [one.caption for one in answers],
+        "CAPTION": [plain(one.annotation) for one in answers],
+        "ANNOTATION": [one.annotation for one in answers],
         "CAPTION_SOURCE": ["rejected" if error else "model" for error in errors],
         "CAPTION_ERROR": errors,
     }

@@ -6,7 +6,8 @@
     ├── MediaError        an image or video cannot be used
     ├── TokenSpecError    a token specification is invalid or does not match
     ├── ReleaseError      a release is incomplete, tampered with or mixed
-    └── ServingError      the server cannot start or does not answer
+    ├── ServingError      the server cannot start or does not answer
+    └── StoreError        a feature store cannot be reached, or holds what it should not
 
 Every message says what was expected, what came and what to do.
 """
@@ -18,6 +19,7 @@ __all__ = [
     "ReleaseError",
     "ServingError",
     "SightlineError",
+    "StoreError",
     "TokenSpecError",
 ]
 
@@ -52,3 +54,7 @@ class ReleaseError(SightlineError):
 
 class ServingError(SightlineError):
     """The server cannot start, or a probe through it failed."""
+
+
+class StoreError(SightlineError):
+    """A feature store cannot be reached or written, lacks a version, or holds one under another schema."""

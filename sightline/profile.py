@@ -1,8 +1,18 @@
-"""User history → token profiles: what the items look like that a user lately liked, and those that they passed over.
+"""User history → token profiles: what the looks have that a user took better than usual, and worse than usual.
 
-Two weighted lists of token ids, positive and negative. An event's weight is its strength (how much the user liked or
-disliked the item) times its recency. Streaming and point in time: a profile that is read before an event has seen only
-earlier events. Trainer and server call the same two methods in the same order, so both get the same numbers.
+The profile is a user's *affinity* for every token of the items that they met. Event e, on an item that has token t in
+the amount w_et, was taken with strength s_e, where m_e was to be expected: the user's mean strength so far and the mood
+of the last events. With recency d_e = 2^(−age / half-life), age in the user's later events,
+
+    affinity_t = Σ_e d_e · w_et · (s_e − m_e) / (Σ_e d_e · w_et + prior),
+
+the mean surprise at token t, shrunk towards 0 where there is little evidence. A count of likes would tell what is
+frequent; this tells what makes a difference. The mood is left out of it, and is a feature of its own, because users
+take a whole session well or badly: without that, profiles of meaningless tokens predict, too (docs/log.md). Tokens of
+positive affinity are one list, those of negative affinity another.
+
+Streaming and point in time: a profile that is read before an event has seen only earlier events. Trainer and server
+call the same two methods in the same order, so both get the same numbers.
 """
 
 from __future__ import annotations
@@ -18,34 +28,40 @@ from sightline.errors import ConfigError
 
 __all__ = ["DENSE", "Profile", "ProfileConfig", "UserProfiles"]
 
-DENSE = ("log1p_events", "log1p_positives", "positive_rate")
-_PRIOR_EVENTS = 10.0  # the positive rate leans on the prior rate as on this many events
+DENSE = ("log1p_events", "log1p_positives", "mean_strength", "mood")
+_PRIOR_EVENTS = 10.0  # a user's mean strength leans on the prior as on this many events
+_MOOD = 0.9  # what an event leaves of the mood before it
 _RESCALE = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """`length` tokens per side; a liked item's weight halves with every `half_life` later likes, a disliked one's
-    with every `half_life` later dislikes.
+    """`length` tokens per list; an event's weight halves with every `half_life` later events of its user.
+
+    `prior` is how much of a token (weight × recency, summed) it takes to believe half of its mean surprise;
+    `prior_strength` the mean strength that a stranger is expected to have.
     """
 
     length: int = 24
-    half_life: float = 40.0
-    prior_rate: float = 0.2
+    half_life: float = 400.0
+    prior: float = 5.0
+    prior_strength: float = -0.6
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ConfigError(f"profile length is {self.length}; expected at least 1")
         if not self.half_life > 0:
             raise ConfigError(f"profile half-life is {self.half_life}; expected a positive number of events")
-        if not 0 <= self.prior_rate <= 1:
-            raise ConfigError(f"profile prior rate is {self.prior_rate}; expected a share from 0 to 1")
+        if not self.prior > 0:
+            raise ConfigError(f"profile prior is {self.prior}; expected an amount above 0")
+        if not -1 <= self.prior_strength <= 1:
+            raise ConfigError(f"profile prior strength is {self.prior_strength}; expected a number from -1 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Token lists int64 [length], heaviest first, padded with 0; their weights FP32 [length], sum 1 or all 0; dense
-    FP32 [len(DENSE)].
+    """Token lists int64 [length], strongest first, padded with 0; their weights FP32 [length], |affinity|, 0 for
+    padding; dense FP32 [len(DENSE)].
     """
 
     tokens: NDArray[np.int64]
@@ -56,64 +72,36 @@ class Profile:
 
 
 @dataclass
-class _Side:
-    """One user's likes, or dislikes."""
-
-    events: int = 0
-    # Weights grow by 2^(1/half_life) per event instead of decaying all older ones: same ratios, less work.
-    unit: float = 1.0
-    weight: dict[int, float] = field(default_factory=dict)
-    # The heaviest tokens, and those seen since they were found. All others stay lighter: weights only grow.
-    leaders: set[int] = field(default_factory=set)
-    top: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
-
-    def observe(self, tokens: NDArray[np.int64], rows: range, amount: float, growth: float) -> None:
-        self.events += 1
-        self.unit *= growth
-        self.top = None
-        for token in tokens.tolist():
-            if token in rows:
-                self.weight[token] = self.weight.get(token, 0.0) + self.unit * amount
-                self.leaders.add(token)
-        if self.unit > _RESCALE:
-            self.weight = {t: w / self.unit for t, w in self.weight.items()}
-            self.unit = 1.0
-
-    def read(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        if self.top is None:
-            tokens, weights = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32)
-            # Ties go to the smaller id, so that the result never depends on the order of insertion.
-            best = sorted((-self.weight[t], t) for t in self.leaders)[:length]
-            self.leaders = {t for _, t in best}
-            if best:
-                tokens[: len(best)] = [t for _, t in best]
-                found = np.array([-w for w, _ in best])
-                weights[: len(best)] = (found / found.sum()).astype(np.float32)
-            self.top = tokens, weights
-        return self.top
-
-
-@dataclass
 class _User:
     events: int = 0
-    positive: _Side = field(default_factory=_Side)
-    negative: _Side = field(default_factory=_Side)
+    positives: int = 0
+    strength: float = 0.0  # sum
+    mood: float = 0.0  # how the last events were taken beside the mean
+    # Weights grow by 2^(1/half_life) per event instead of decaying all older ones: same ratios, less work.
+    unit: float = 1.0
+    place: dict[int, int] = field(default_factory=dict)  # token → column
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(16, np.int64))
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 16)))  # surprise and amount, in units
+    read: Profile | None = None
 
 
 class UserProfiles:
     """Profiles of all users, fed with events in time order.
 
-    `rows` are the token ids that profiles are made of (`TokenSpec.ids_of("word")`); others are passed over.
+    Args:
+        base: int64 [rows], the token that each row of the table counts as in profiles; 0: not part of any.
+        amount: FP32 [rows], how much of it a row is (`TokenSpec.amounts_of` has both).
 
-    >>> profiles = UserProfiles(ProfileConfig(length=4), range(1, 10))
+    >>> profiles = UserProfiles(ProfileConfig(length=4, prior_strength=0.0), np.arange(10), np.ones(10))
     >>> profiles.observe(7, np.array([3, 5, 0]), strength=1.0)
-    >>> profiles.read(7).tokens
-    array([3, 5, 0, 0])
+    >>> profiles.observe(7, np.array([5, 8, 0]), strength=-1.0)
+    >>> profiles.read(7).tokens, profiles.read(7).negative_tokens
+    (array([3, 0, 0, 0]), array([8, 5, 0, 0]))
     """
 
-    def __init__(self, config: ProfileConfig, rows: range) -> None:
+    def __init__(self, config: ProfileConfig, base: NDArray[np.int64], amount: NDArray[np.float32]) -> None:
         self.config = config
-        self._rows = rows
+        self._base, self._amount = base, amount.astype(np.float64)
         self._growth = 2 ** (1 / config.half_life)
         self._users: dict[int, _User] = {}
 
@@ -126,27 +114,71 @@ class UserProfiles:
         Args:
             user: its id.
             tokens: int64 [L], the shown item's token ids, padded with 0.
-            strength: how the user took it, any finite number: above 0 liked, below 0 disliked, 0 neither; its size
-                is the item's weight beside others of the same age. A binary label gives +1 and −1.
+            strength: how the user took it, from −1 to 1. A binary label gives −1 and 1.
         """
         state = self._users.setdefault(user, _User())
+        from_mean = strength - self._mean(state)
+        surprise = from_mean - state.mood
         state.events += 1
-        if strength:
-            side = state.positive if strength > 0 else state.negative
-            side.observe(tokens, self._rows, abs(strength), self._growth)
+        state.positives += strength > 0
+        state.strength += strength
+        state.mood = _MOOD * state.mood + (1 - _MOOD) * from_mean
+        state.unit *= self._growth
+        state.read = None
+        base = self._base[tokens]
+        rows = tokens[base > 0]
+        if len(rows):
+            at = self._columns(state, self._base[rows].tolist())
+            amount = np.bincount(at, state.unit * self._amount[rows], len(state.tokens))
+            state.sums += np.stack([amount * surprise, amount])
+        if state.unit > _RESCALE:
+            state.sums /= state.unit
+            state.unit = 1.0
+
+    @staticmethod
+    def _columns(state: _User, tokens: list[int]) -> NDArray[np.int64]:
+        """Column of each token; new ones get the next."""
+        place = state.place
+        at = np.array([place.setdefault(token, len(place)) for token in tokens], np.int64)
+        if len(place) > len(state.tokens):
+            more = max(len(place), 2 * len(state.tokens)) - len(state.tokens)
+            state.tokens, state.sums = np.pad(state.tokens, (0, more)), np.pad(state.sums, ((0, 0), (0, more)))
+        state.tokens[at] = tokens
+        return at
+
+    def _mean(self, state: _User) -> float:
+        return (state.strength + _PRIOR_EVENTS * self.config.prior_strength) / (state.events + _PRIOR_EVENTS)
 
     def read(self, user: int) -> Profile:
-        """The profile after the events so far; a side's arrays are the same objects until its next event.
+        """The profile after the events so far; the same object until the user's next event.
 
-        An unknown user has no tokens and the prior rate.
+        An unknown user has no tokens and the prior strength.
         """
-        state = self._users.get(user, _User())
-        (tokens, weights), (negative_tokens, negative_weights) = (
-            side.read(self.config.length) for side in (state.positive, state.negative)
-        )
-        positives = state.positive.events
-        rate = (positives + _PRIOR_EVENTS * self.config.prior_rate) / (state.events + _PRIOR_EVENTS)
-        return Profile(
-            tokens=tokens, weights=weights, negative_tokens=negative_tokens, negative_weights=negative_weights,
-            dense=np.array([math.log1p(state.events), math.log1p(positives), rate], dtype=np.float32),
-        )  # fmt: skip
+        state = self._users.get(user) or _User()
+        if state.read is None:
+            known = len(state.place)
+            surprise, amount = state.sums[:, :known]
+            affinity = surprise / (amount + self.config.prior * state.unit)
+            (tokens, weights), (negative_tokens, negative_weights) = (
+                self._strongest(state.tokens[:known], sign * affinity) for sign in (1, -1)
+            )
+            state.read = Profile(
+                tokens=tokens, weights=weights, negative_tokens=negative_tokens, negative_weights=negative_weights,
+                dense=np.array(
+                    [math.log1p(state.events), math.log1p(state.positives), self._mean(state), state.mood],
+                    dtype=np.float32,
+                ),
+            )  # fmt: skip
+        return state.read
+
+    def _strongest(
+        self, tokens: NDArray[np.int64], affinity: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The `length` tokens of largest affinity above 0. Ties go to the smaller id, whatever the order of events."""
+        length = self.config.length
+        found, weights = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32)
+        least = np.partition(affinity, -length)[-length] if len(affinity) > length else 0.0
+        near = np.flatnonzero((affinity >= least) & (affinity > 0))
+        best = near[np.lexsort((tokens[near], -affinity[near]))[:length]]
+        found[: len(best)], weights[: len(best)] = tokens[best], affinity[best]
+        return found, weights

@@ -99,7 +99,7 @@ class Manifest(_Record):
     engine: Engine | None = None
     """Lane `trtllm` only."""
     checks: dict[str, Any] = {}
-    """What the build measured of its exports: errors against the eager models, cost of lower precision."""
+    """What the build measured: errors of exports against eager models, cost of lower precision, the engine's node."""
     built_with: dict[str, str]
     """Package → version."""
     files: dict[str, str]

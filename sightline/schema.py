@@ -27,9 +27,11 @@ from sightline.errors import DataError
 __all__ = [
     "CONTEXT_PREFIX",
     "INTERACTIONS",
+    "INTERACTIONS_OPTIONAL",
     "ITEMS",
     "MEDIA_TYPES",
     "MediaReader",
+    "context_columns",
     "read_interactions",
     "read_items",
     "read_record",
@@ -63,6 +65,10 @@ INTERACTIONS = pa.schema(
     ]
 )
 """Any number of `context_<name>` int32 columns (0, 1, …) may follow."""
+INTERACTIONS_OPTIONAL = pa.schema(
+    # How the user took the item, −1 … 1, where the log knows more than the label (ratings, dwell time).
+    [pa.field("strength", pa.float32(), nullable=False)]
+)
 
 _CONTEXT_NAME = re.compile(rf"{CONTEXT_PREFIX}[a-z][a-z0-9_]*")
 # Absolute, with a scheme or drive, with a backslash, with a `..` step, or empty.
@@ -161,9 +167,14 @@ def validate(folder: str | Path) -> dict[str, Any]:
         "last": times["max"].isoformat() if times["max"] else None,
         "context": {
             name.removeprefix(CONTEXT_PREFIX): (pc.max(interactions[name]).as_py() or 0) + 1
-            for name in interactions.column_names[len(INTERACTIONS) :]
+            for name in context_columns(interactions)
         },
     }
+
+
+def context_columns(interactions: pa.Table | pa.RecordBatch) -> list[str]:
+    """Names of the context columns."""
+    return [name for name in interactions.schema.names if name.startswith(CONTEXT_PREFIX)]
 
 
 class MediaReader:
@@ -232,7 +243,11 @@ def _check_interactions(
     _require_past(interactions["timestamp"], path, "timestamp", first_row)
     binary = pc.or_(pc.equal(label, 0.0), pc.equal(label, 1.0))  # false for NaN
     _require(binary, path, "label", "0 or 1", label, first_row)
-    for name in interactions.column_names[len(INTERACTIONS) :]:
+    if "strength" in interactions.column_names:
+        strength = interactions["strength"]
+        inside = pc.and_(pc.greater_equal(strength, -1.0), pc.less_equal(strength, 1.0))  # false for NaN
+        _require(inside, path, "strength", "a number from -1 to 1", strength, first_row)
+    for name in context_columns(interactions):
         values = interactions[name]
         _require(pc.greater_equal(values, 0), path, name, "an index of at least 0", values, first_row)
     return interactions
@@ -254,6 +269,7 @@ def _columns(path: Path, found: pa.Schema, expected: pa.Schema) -> list[str]:
     if expected is ITEMS:
         fields |= {field.name: field.type for field in ITEMS_OPTIONAL if field.name in found.names}
     if expected is INTERACTIONS:
+        fields |= {field.name: field.type for field in INTERACTIONS_OPTIONAL if field.name in found.names}
         fields |= {name: pa.int32() for name in sorted(found.names) if _CONTEXT_NAME.fullmatch(name)}
     has = f"the columns are {', '.join(found.names) or 'none'}"
     for name, kind in fields.items():

@@ -21,12 +21,13 @@ from sightline.annotation import Annotated
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["HASHED", "KINDS", "PRIME", "Family", "Kind", "normalise"]
+__all__ = ["HASHED", "KINDS", "LEVELS", "PRIME", "Family", "Kind", "normalise"]
 
 PRIME = 2**61 - 1
+LEVELS = 9  # of a word's confidence
 Kind = Literal["word", "bigram", "trigram", "subword", "slot", "semantic", "confidence", "sample"]
 KINDS: tuple[Kind, ...] = ("word", "bigram", "trigram", "subword", "slot", "semantic", "confidence", "sample")
-HASHED: frozenset[Kind] = frozenset({"bigram", "trigram", "semantic"})
+HASHED: dict[Kind, int] = {"bigram": 2, "trigram": 1, "semantic": 1}  # → digests of a token: of a bigram, of each word
 Unit = Literal["word", "pair", "text"]
 # What a family reads at a time. What it makes of a word or a pair never depends on the rest of the caption, so that a
 # batch needs it once per distinct word or pair.
@@ -47,7 +48,8 @@ class Family(BaseModel):
     kind: Kind
     vocabulary: tuple[str, ...] | None = None
     rows: Typed[int, Field(gt=0)]
-    hashes: tuple[tuple[int, int], ...] = ()
+    hashes: tuple[tuple[int, ...], ...] = ()
+    """Of each hash a multiplier per digest of a token, and what is added."""
     # Not written where there is none: specs from before there were subwords keep their version.
     tokenizer: Typed[str | None, Field(exclude_if=lambda value: value is None)] = None
     """JSON of a `tokenizers.Tokenizer`; it reads normalised words, one at a time."""
@@ -58,16 +60,25 @@ class Family(BaseModel):
             raise ValueError(f"family {self.kind}: expected either a vocabulary or hashes")
         if self.vocabulary is not None and len(self.vocabulary) != self.rows:
             raise ValueError(f"family {self.kind}: {len(self.vocabulary)} words but {self.rows} rows")
-        if any(not 0 < a < PRIME or not 0 <= b < PRIME for a, b in self.hashes):
-            raise ValueError(
-                f"family {self.kind}: expected hash seeds 0 < a < p and 0 <= b < p, p = 2^61 - 1"
-            )
+        factors = HASHED.get(self.kind, 1)
+        for seeds in self.hashes:
+            if len(seeds) != factors + 1 or not (all(0 < a < PRIME for a in seeds[:-1]) and 0 <= seeds[-1] < PRIME):
+                raise ValueError(
+                    f"family {self.kind}: expected hash seeds of {factors} multipliers 0 < a < p and a summand "
+                    f"0 <= b < p, p = 2^61 - 1, got {list(seeds)}; fit the spec again"
+                )
+        if self.unit == "pair" and not self.hashes:
+            raise ValueError(f"family {self.kind}: expected hashes, pairs of words have no vocabulary")
         if (self.kind == "subword") == (self.tokenizer is None):
             raise ValueError(f"family {self.kind}: expected a tokenizer for subword and for no other family")
         if self.tokenizer is not None:
             _ = self._pieces  # refuses JSON that is no tokenizer
         if self.kind == "slot" and self.vocabulary is None:
             raise ValueError("family slot: expected a vocabulary, its phrases are looked for in captions")
+        if self.kind == "confidence":
+            words = [token.rpartition(" ")[0] for token in (self.vocabulary or ())[::LEVELS]]
+            if self.vocabulary != tuple(f"{word} {level}" for word in words for level in range(1, LEVELS + 1)):
+                raise ValueError(f"family confidence: expected a vocabulary of `word 1` … `word {LEVELS}` per word")
         return self
 
     @property
@@ -125,12 +136,28 @@ class Family(BaseModel):
             case _:
                 return tuple(unit.split())
 
+    def terms(self, words: Sequence[str]) -> list[NDArray[np.uint64]]:
+        """Of a hashed family, per digest of a token: what these words add to the hashes, uint64 [len(words), k] < p."""
+        digests = b"".join([hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words])
+        x: NDArray[np.uint64] = np.frombuffer(digests, dtype="<u8") % np.uint64(PRIME)
+        *factors, summands = zip(*self.hashes, strict=True)
+        added = [summands, *[[0] * len(summands)] * (len(factors) - 1)]
+        return [
+            np.stack([_multiply_mod(x, a, b) for a, b in zip(some, more, strict=True)], axis=1)
+            for some, more in zip(factors, added, strict=True)
+        ]
+
+    def settle(self, terms: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Sums of tokens' terms, uint64 [n, k] < 2p → rows int64 [n, k], counted from 0."""
+        rest = np.minimum(terms, terms - np.uint64(PRIME))  # what falls below 0 wraps to large numbers
+        return (rest % np.uint64(self.rows)).astype(np.int64)
+
     def hashed(self, tokens: Sequence[str]) -> NDArray[np.int64]:
         """Of a hashed family: rows int64 [len(tokens), k], counted from 0."""
-        digests = b"".join([hashlib.blake2b(token.encode(), digest_size=8).digest() for token in tokens])
-        x: NDArray[np.uint64] = np.frombuffer(digests, dtype="<u8") % np.uint64(PRIME)
-        rows = np.stack([_multiply_mod(x, a, b) for a, b in self.hashes], axis=1) % np.uint64(self.rows)
-        return rows.astype(np.int64)
+        if self.unit != "pair":
+            return self.settle(*self.terms(tokens))
+        left, right = self.terms([word for token in tokens for word in token.split()])
+        return self.settle(left[::2] + right[1::2])
 
 
 def _multiply_mod(x: NDArray[np.uint64], a: int, b: int) -> NDArray[np.uint64]:

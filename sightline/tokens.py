@@ -9,17 +9,19 @@ A text is a caption, with or without fields behind it (sightline/annotation.py).
     subword      words        pieces of a Hugging Face tokenizer, in the spec   vocabulary
     slot         the text     attribute phrases: longest known phrase first     vocabulary
     semantic     field s      code₁; code₁ code₂; … (arXiv 2504.02137)          hashed
-    confidence   fields c     word and bin of its confidence                    vocabulary
+    confidence   fields c     word and level of its confidence, 1 … 9           vocabulary
     sample       fields x     word and how many samples have it: 1, 2–3, 4–7…   vocabulary
 
 Words are those of the normalised caption. Families own disjoint ranges of rows of one embedding table; row 0 is
 padding. A family either has a vocabulary (one row per known token, unknown tokens give nothing) or hashes every token
 to k rows,
 
-    h_j(x) = ((a_j · x + b_j) mod p) mod rows,    p = 2⁶¹ − 1,
+    h_j(x)    = ((a_j · x + b_j) mod p) mod rows,    p = 2⁶¹ − 1,
+    h_j(x, y) = ((a_j · x + a'_j · y + b_j) mod p) mod rows    of a pair of words,
 
-with x the token's first eight BLAKE2b bytes and (a_j, b_j) stored in the spec (multiply-mod hashing with k = 2, as
-in OmniSearchSage, arXiv 2404.16260). Summing k rows makes full collisions rare in small tables.
+with x the first eight BLAKE2b bytes of the token or word, and the multipliers and b_j stored in the spec (multiply-mod
+hashing with k = 2, as in OmniSearchSage, arXiv 2404.16260; of pairs, its form for vectors, Carter and Wegman 1979).
+Summing k rows makes full collisions rare in small tables.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sightline import token_batch
 from sightline.annotation import Annotated
 from sightline.errors import TokenSpecError
-from sightline.token_families import HASHED, KINDS, PRIME, Family, Kind, normalise
+from sightline.token_families import HASHED, KINDS, LEVELS, PRIME, Family, Kind, normalise
 
 __all__ = ["KINDS", "Family", "FamilyStatistics", "Kind", "Statistics", "Token", "TokenSpec", "normalise"]
 
@@ -154,18 +156,22 @@ class TokenSpec(BaseModel):
         made = []
         for kind in families:
             if kind in HASHED:
-                seeds = tuple((int(rng.integers(1, PRIME)), int(rng.integers(PRIME))) for _ in range(hashes))
+                lows = (*[1] * HASHED[kind], 0)
+                seeds = tuple(tuple(int(rng.integers(low, PRIME)) for low in lows) for _ in range(hashes))
                 made.append(Family(kind=kind, rows=rows, hashes=seeds))
                 continue
             if kind not in KINDS:
                 raise TokenSpecError(f"family {kind!r}: expected some of {', '.join(KINDS)}")
             own = (tokenizer or _learn_pieces(words, pieces)) if kind == "subword" else None
             try:
-                draft = Family(kind=kind, vocabulary=("",), rows=1, tokenizer=own)
+                every = [f" {level}" for level in range(1, LEVELS + 1)] if kind == "confidence" else [""]
+                draft = Family(kind=kind, vocabulary=tuple(every), rows=len(every), tokenizer=own)
             except ValidationError as error:
                 raise TokenSpecError(f"family {kind} cannot be fitted: {error}") from error
             if kind == "slot":
                 counts = _count_values(notes, slots) if slots else _count_phrases(words, min_count, min_pmi)
+            elif kind == "confidence":
+                counts = Counter(word for note in notes for word in {normalise(word) for word in note.confidences})
             elif draft.unit == "word":
                 of = {word: draft.of_unit(word) for word in set(chain.from_iterable(words))}
                 counts = Counter(t for some in words for t in {t for word in some for t in of[word]})
@@ -175,6 +181,8 @@ class TokenSpec(BaseModel):
                 )
             frequent = sorted((-n, token) for token, n in counts.items() if n >= min_count)
             vocabulary = tuple(token for _, token in frequent[:max_words])
+            if kind == "confidence":  # all levels of a word, whichever of them these captions have
+                vocabulary = tuple(f"{word} {level}" for word in vocabulary for level in range(1, LEVELS + 1))
             if not vocabulary:
                 raise TokenSpecError(
                     f"family {kind}: expected captions with tokens of it that occur at least {min_count} times; "
@@ -230,6 +238,40 @@ class TokenSpec(BaseModel):
             if family.kind == kind:
                 return range(start, start + family.rows)
         raise TokenSpecError(f"no family {kind!r}; this spec has {', '.join(f.kind for f in self.families)}")
+
+    @cached_property
+    def base(self) -> NDArray[np.int64]:
+        """int64 [rows]: the row that a row is an amount of. A word's confidence is an amount of the word itself, as
+        another family has it (`slot`, else `word`); where none has, of its first level. Any other row is itself. So a
+        ranker learns one vector per word in place of nine, and what a user likes of captions counts for words that a
+        captioner is not sure of.
+        """
+        base = np.arange(self.rows)
+        said: dict[str, int] = {}
+        for kind in ("word", "slot"):
+            for start, family in zip(self.starts, self.families, strict=True):
+                if family.kind == kind:
+                    said |= {word: row for row, word in enumerate(family.vocabulary or (), start)}
+        for start, family in zip(self.starts, self.families, strict=True):
+            if family.kind == "confidence":
+                for row, token in enumerate(family.vocabulary or (), start):
+                    word, _, level = token.rpartition(" ")
+                    base[row] = said.get(word, row + 1 - int(level))
+        return base
+
+    @cached_property
+    def amount(self) -> NDArray[np.float32]:
+        """FP32 [rows]: how much of its base a row is; a confidence of level n is n / 3, any other row 1, padding 0."""
+        amount = np.minimum(np.arange(self.rows), 1).astype(np.float32)
+        for start, family in zip(self.starts, self.families, strict=True):
+            if family.kind == "confidence":
+                amount[start : start + family.rows] = (np.arange(family.rows) % LEVELS + 1) / 3
+        return amount
+
+    def amounts_of(self, kind: Kind) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """`base` and `amount` with zeros in all rows but those of one family: what profiles are made of."""
+        there = np.isin(np.arange(self.rows), self.ids_of(kind))
+        return self.base * there, self.amount * there
 
     def name_of(self, row: int) -> tuple[Kind, str]:
         """Family of a row, and its token; `#n` where the row is number n of a hashed family.

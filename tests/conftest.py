@@ -17,8 +17,8 @@ from tests.factories import tiny_captioner, tiny_ranker
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `captioner/` and `ranker/`, made for each other, random weights."""
     folder = tmp_path_factory.mktemp("parts")
-    tiny_captioner(folder / "captioner")
-    tiny_ranker(folder / "ranker")
+    tiny_captioner(folder / "captioner", words=True)
+    tiny_ranker(folder / "ranker", families=("confidence", "word", "trigram"))
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from sightline.annotation import Annotated
 from sightline.profile import DENSE
-from sightline.tokens import TokenSpec
+from sightline.tokens import Kind, TokenSpec
 from trainer.captioner_model import BOS, CLIP_MEAN, CLIP_STD, EOS, IMAGE, PAD, save_captioner, train_tokenizer
 from trainer.ranker_model import RankerShape, new_ranker
 
 TOKENS, PROFILE = 16, 6
+WORDS = ("▁red", "▁blue", "▁mugs", "stars", "▁circle", "▁snow", ",")  # of a tiny captioner's classifier
 
 CAPTIONS = [
     "a large red circle with stripes on a white background",
@@ -29,8 +32,12 @@ CAPTIONS = [
 ]
 
 
-def tiny_captioner(folder: Path, seed: int = 0, *, version: str = "test-captioner", layer: int = -2) -> Path:
-    """A LLaVA folder: CLIP tower of 2 layers on 32 × 32 pixels, LLaMA decoder of 2 layers, random weights."""
+def tiny_captioner(
+    folder: Path, seed: int = 0, *, version: str = "test-captioner", layer: int = -2, words: bool = False
+) -> Path:
+    """A LLaVA folder: CLIP tower of 2 layers on 32 × 32 pixels, LLaMA decoder of 2 layers, random weights; with `words`
+    a random classifier of six words, which gives every level.
+    """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=320)
     config = LlavaConfig(
@@ -53,12 +60,20 @@ def tiny_captioner(folder: Path, seed: int = 0, *, version: str = "test-captione
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
     save_captioner(model, tokenizer, folder, version=version, frames=4, max_new_tokens=12)
+    if words:
+        weight = np.random.default_rng(seed).normal(0, 0.05, (len(WORDS), 3 * 32)).astype(np.float32)
+        weight -= weight.mean(1, keepdims=True)  # maxima have a mean above 0, which says nothing
+        np.savez(
+            folder / "words.npz", words=np.array(WORDS), rate=np.full(len(WORDS), 0.2, np.float32), frames=3,
+            weight=weight, bias=np.full(len(WORDS), -0.7, np.float32),
+        )  # fmt: skip
     return folder
 
 
 def tiny_ranker(
-    folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner", **options: Any
-) -> Path:
+    folder: Path, seed: int = 0, *, captioner_version: str = "test-captioner",
+    families: Sequence[Kind] = ("word", "trigram"), **options: Any,
+) -> Path:  # fmt: skip
     """A ranker folder with random weights: two known users, two known items, two context columns.
 
     `options` go to RankerShape; without any it is a DLRM with all groups that a release serves.
@@ -66,7 +81,8 @@ def tiny_ranker(
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     # Trigrams, because a random captioner writes nothing that has words in common with real captions.
-    spec = TokenSpec.fit(CAPTIONS, families=("word", "trigram"), length=TOKENS, min_count=1, rows=64)
+    known = Annotated("", confidences={word.strip("▁"): 1 for word in WORDS[:-1]}, samples=["a red mug"]).to_text()
+    spec = TokenSpec.fit([*CAPTIONS, known], families=families, length=TOKENS, min_count=1, rows=64)
     spec.save(folder / "token_spec.json")
     context = {"position": 4, "hour": 24}
     fixed = {"users": 3, "items": 3, "token_rows": spec.rows, "dense": len(DENSE), "dim": 4}

@@ -1,4 +1,4 @@
-"""Programs in place of TensorRT-LLM's three: they take the recorded options and write what those write."""
+"""A node with TensorRT-LLM: programs in place of its three take the recorded options and write what those write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from build.hardware import MIB, parse_gpus
+from sightline.node import TENSORRT, TENSORRT_LLM
 
 # One program for all three: options as recorded, output as the real ones leave it. `calls` counts its runs.
 PROGRAM = """#!{python}
@@ -41,10 +44,13 @@ else:
 """
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the programs to `folder` (bin/, examples/) and put bin/ on PATH; returns the list of their calls."""
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: str = "h200") -> Path:
+    """Write the programs to `folder` (bin/, examples/) and put bin/ on PATH; returns the list of their calls.
+
+    python3 is a real one that finds the two packages' metadata, nvidia-smi lists `gpus`.
+    """
     calls = folder / "calls.txt"
-    for program, path in {
+    for name, path in {
         "trtllm-build": "bin/trtllm-build",
         "convert_checkpoint": "examples/models/core/llama/convert_checkpoint.py",
         "quantize": "examples/quantization/quantize.py",
@@ -52,9 +58,33 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).parents[1])
-        target.write_text(PROGRAM.format(python=sys.executable, root=root, program=program, calls=str(calls)))
+        target.write_text(PROGRAM.format(python=sys.executable, root=root, program=name, calls=str(calls)))
         target.chmod(target.stat().st_mode | stat.S_IXUSR)
-    (folder / "bin" / "python3").symlink_to(sys.executable)
+    packages = folder / "packages"
+    program(folder, "python3", f'PYTHONPATH="{packages}:$PYTHONPATH" exec {sys.executable} "$@"')
+    set_version(folder, "tensorrt_llm", TENSORRT_LLM)
+    set_version(folder, "tensorrt", f"{TENSORRT}.48")  # the wheel's version has a fourth part
+    kind, count = parse_gpus(gpus)
+    capability = ".".join(map(str, kind.capability))
+    set_gpus(folder, [f"NVIDIA {kind.name.upper()}, {capability}, {kind.memory // MIB}"] * count)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     calls.touch()
     return calls
+
+
+def set_version(folder: Path, package: str, version: str) -> None:
+    """What python3 tells of a package."""
+    metadata = folder / "packages" / f"{package}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+def set_gpus(folder: Path, rows: list[str]) -> None:
+    """What nvidia-smi lists: name, compute capability, memory in MiB."""
+    program(folder, "nvidia-smi", "\n".join(f"echo '{row}'" for row in rows))
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / "bin" / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)

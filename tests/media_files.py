@@ -25,6 +25,12 @@ def picture(format: str = "PNG", **options: object) -> bytes:
     return encoded(Image.fromarray(NOISE), format, **options)
 
 
+def patchwork(count: int) -> list[bytes]:
+    """Pictures of six random patches of colour each, no two alike."""
+    patches = np.random.default_rng(3).integers(0, 256, (count, 2, 3, 3), dtype=np.uint8)
+    return [encoded(Image.fromarray(one).resize((60, 40), Image.Resampling.NEAREST), "PNG") for one in patches]
+
+
 def clip(
     path: Path,
     levels: list[int],

@@ -1,13 +1,18 @@
 """Train the captioner: first the vision tower on the words of the captions, then everything on the captions.
 
-Phase 0 (`teacher`, off by default) fits a small convolutional network to the words of the captions. On few natural
+Phase `pretrain` (off by default) lets the tower fill in masked patches of pictures, with or without captions (SimMIM,
+Xie et al. 2022; not a contrastive loss, whose augmentations would teach it to ignore colours and sizes, and which wants
+larger batches).
+Phase `teacher` (off by default) fits a small convolutional network to the words of the captions. On few natural
 pictures it sees what a transformer from scratch does not, and the tower then learns from its answers on mixtures of
 pictures (distillation; Beyer et al. 2022), instead of the labels (docs/log.md).
-Phase 1 (`tower`) follows SuperClass (Huang et al. 2024): the tower classifies which caption words a picture
+Phase `tower` follows SuperClass (Huang et al. 2024): the tower classifies which caption words a picture
 has, from max-pooled patch features. It costs a third of a captioning step and teaches the tower to see; a
 decoder attached from the start waits long for that (docs/log.md). The patch embedding starts from the
 whitened principal components of the training patches and positions from 2-D sinusoids.
-Phase 2 (`caption`) is LLaVA's language-model loss on prompt + caption.
+Phase `caption` is LLaVA's language-model loss on prompt + caption.
+
+Each phase ends with the weights that were best on held-out items, be it stopped early or not.
 
 Every step's batch, augmentation and learning rate depend on (seed, phase, step) alone, so an interrupted run
 that continues from its checkpoint ends with the same loss as one that was left alone.
@@ -26,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -38,12 +44,14 @@ from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
 from sightline.prompt import LLAVA_PROMPT, CaptionPrompt
 from sightline.schema import MediaReader, read_interactions, read_items, read_record
+from trainer.behaviour import behaviour_words, with_behaviour
 from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets, model_inputs
 from trainer.captioner_model import SIZES, new_captioner, save_captioner, train_tokenizer
 from trainer.optim import Optimizer
-from trainer.splits import Split, micros, training_items
+from trainer.splits import TRAIN, Split, micros, training_items
 
 log = logging.getLogger(__name__)
+MASKED = 0.6  # share of patches that pre-training hides, as SimMIM does
 CHECK_ITEMS = 32  # held-out items whose frames lie beside the weights: a build measures FP16 on them
 transformers_logging.disable_progress_bar()
 
@@ -54,9 +62,14 @@ class CaptionerConfig:
 
     size: str = "tiny"
     start: Path | None = None  # `--from`: a LLaVA checkpoint folder to go on from
+    pretrain_steps: int = 0  # of the tower on masked pictures, no words
+    pretrain_unseen: bool = False  # also on pictures of items that nothing else may be fitted on
     teacher_steps: int = 0  # of a convolutional teacher for the tower: for few or natural pictures
     tower_steps: int = 850
     steps: int = 560
+    behaviour: int = 0  # taste words at the end of captions: clusters of items that the same users like; 0: none
+    behaviour_likes: int = 5  # an item with fewer has no taste word
+    behaviour_terciles: bool = False  # also words for how well liked and how widely seen an item is
     shift: int = 2  # pixels, of augmentation
     batch: int = 64  # frames-weighted: a batch of n-frame videos has batch · 2 / (n + 1) items
     lr: float = 2e-3
@@ -74,9 +87,17 @@ class CaptionerConfig:
         for name in ("steps", "batch", "frames", "eval_every", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name in ("teacher_steps", "tower_steps", "shift"):
+        for name in ("pretrain_steps", "teacher_steps", "tower_steps", "shift"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 (none) or more")
+        if self.pretrain_steps and (self.start or not self.tower_steps):
+            raise ConfigError(
+                "--pretrain-steps: expected a new captioner (no --from) whose tower is then trained (--tower-steps)"
+            )
+        if self.behaviour < 0 or self.behaviour == 1:
+            raise ConfigError(f"--behaviour is {self.behaviour}; expected 0 (none) or at least 2 taste words")
+        if self.behaviour_likes < 1:
+            raise ConfigError(f"--behaviour-likes is {self.behaviour_likes}; expected at least 1")
         if not 0 < self.valid_share < 0.5:
             raise ConfigError(f"--valid-share is {self.valid_share}; expected a share between 0 and 0.5")
 
@@ -86,18 +107,22 @@ def train_captioner(
 ) -> dict[str, Any]:
     """Fit a captioner on the training items of the data set `data` and write it to the folder `out`.
 
-    With `texts`, on exactly these items with these captions: an evaluation has splits of its own.
+    With `texts`, on exactly these items with these captions: an evaluation has splits of its own, and puts taste words
+    in itself (`trainer.behaviour`).
 
     A run that was interrupted continues when called again with the same arguments; a finished one returns its
-    record at once. Items after the split (`trainer.splits.training_items`) are never read.
+    record at once. Items after the split (`trainer.splits.training_items`) are never read, except their pictures where
+    `pretrain_unseen` says so. Taste words come from the training part of the log, before its validation part.
 
     Returns:
         The record of the run, also in `out/record.json`.
 
     Raises:
-        ConfigError: `out` holds a run with another configuration.
-        DataError: no training item has both media and text.
+        ConfigError: `out` holds a run with another configuration; `texts` together with `behaviour`.
+        DataError: no training item has both media and text, or too few have likes.
     """
+    if texts is not None and config.behaviour:
+        raise ConfigError("taste words: `texts` are taken as they are; put the words in there, or set behaviour to 0")
     read_record(data)  # says what is wrong with a folder that is no data set, before anything is made
     plan = json.loads(json.dumps({**asdict(config), "data": _identity(data, texts)}, default=str))
     out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +149,8 @@ class _Run:
             split = Split.of(record, micros(interactions["timestamp"])) if interactions.num_rows else None
             may = training_items(items, interactions, record, split, config.seed)
             text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+            if config.behaviour:
+                text = _with_taste(text, items["item_id"].to_numpy()[may], interactions, split, config)
         else:
             may = np.isin(items["item_id"].to_numpy(), list(texts))
             text = dict(texts)
@@ -149,9 +176,15 @@ class _Run:
         self.prompt = CaptionPrompt.from_pretrained(out)
         self.image_tokens = image_tokens(self.model)
         self.source = (data, items)
-        self.pixels = Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(out))
-        self.targets = Targets([text[i] for i in self.pixels.ids], tokenizer, self.prompt.end_id)
-        order = np.random.default_rng([config.seed, 0]).permutation(len(self.pixels))
+        mute: list[int] = []  # pictures without captions, behind those with one
+        if config.pretrain_steps:
+            looked_at = items["item_id"].to_numpy()[may | config.pretrain_unseen]
+            mute = sorted(set(looked_at.tolist()) - set(ids))
+        self.pixels = Pixels(MediaReader(data, items), [*ids, *mute], MediaSpec.from_pretrained(out))
+        captioned = int(np.isin(self.pixels.ids, ids).sum())
+        self.mute = np.arange(captioned, len(self.pixels))
+        self.targets = Targets([text[i] for i in self.pixels.ids[:captioned]], tokenizer, self.prompt.end_id)
+        order = np.random.default_rng([config.seed, 0]).permutation(captioned)
         held = max(1, int(len(order) * config.valid_share))
         self.valid, self.train = np.sort(order[:held]), np.sort(order[held:])
         if not len(self.train):
@@ -171,6 +204,10 @@ class _Run:
         history: dict[str, list[dict[str, float]]] = {}
         if config.start is None and config.tower_steps:
             start_tower(model, self.pixels, self.train, config.seed)
+            if config.pretrain_steps:
+                masked, pictures = _Masked(model), np.concatenate([self.train, self.mute])
+                loss = self._pixel_loss(masked)
+                history["pretrain"] = self._phase("pretrain", masked, config.pretrain_steps, loss, pictures)
             words, teacher = len(self.targets.words), None
             if config.teacher_steps:
                 teacher = _Words(_Convolutions(), _Convolutions.width, words, config.frames)
@@ -194,15 +231,29 @@ class _Run:
         )  # fmt: skip
         return {
             "version": version,
-            "items": {"train": len(self.train), "valid": len(self.valid)},
+            "items": {"train": len(self.train), "valid": len(self.valid), "without_caption": len(self.mute)},
             "parameters": sum(p.numel() for p in model.parameters()),
             "history": history,
+            "kept": {name: min(looks, key=lambda h: h["valid_loss"])["step"] for name, looks in history.items()},
             "final_loss": history["caption"][-1]["train_loss"],
             "valid_loss": min(h["valid_loss"] for h in history["caption"]),
             "seconds": round(time.monotonic() - began, 1),
         }
 
     # --- losses: (rows, generator of augmentation or None) → scalar ----------------------------------
+
+    def _pixel_loss(self, model: _Masked) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
+        """What hidden patches look like; the same ones at every look at held-out items."""
+
+        def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
+            x = self.pixels.batch(rows)
+            if rng:
+                x, _ = self.augment(x, rng)
+            x = self.pixels.normalised(x)
+            order = (rng or np.random.default_rng([self.config.seed, 5])).uniform(size=(len(x), model.patches))
+            return model(x, torch.from_numpy(order.argsort(1) < MASKED * model.patches))
+
+        return loss
 
     def _word_loss(
         self, model: _Words, teacher: _Words | None = None
@@ -223,7 +274,7 @@ class _Run:
                 known = torch.ones_like(target, dtype=torch.bool)
             else:
                 target = self.targets.bag(rows)
-                known = true_colours[:, None] | ~self.targets.word_is_colour
+                known = self.targets.known(rows, true_colours)
             logits = model(self.pixels.normalised(x), frames=x.shape[1])
             lost = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             return (lost * known).sum(1).mean()
@@ -231,12 +282,16 @@ class _Run:
         return loss
 
     def _save_words(self, tower: _Words) -> None:
-        """`words.npz`: the classifier of caption words on the tower, and how frequent each word is in training."""
-        pieces = [self.tokenizer.id_to_token(int(word)) for word in self.targets.words]
-        rate = self.targets.bag(self.train).mean(0)
+        """`words.npz`: the classifier of caption words on the tower; how frequent each word is in training, among items
+        where it is known; which words are of taste."""
+        targets = self.targets
+        pieces = [self.tokenizer.id_to_token(int(word)) for word in targets.words]
+        known = targets.known(self.train, torch.ones(len(self.train), dtype=torch.bool))
+        rate = (targets.bag(self.train) * known).sum(0) / known.sum(0).clamp(min=1)
         np.savez(
             self.out / "words.npz", words=np.array(pieces), rate=rate.numpy(), frames=self.config.frames,
             weight=tower.head.weight.detach().numpy(), bias=tower.head.bias.detach().numpy(),
+            taste=targets.word_is_taste.numpy(),
         )  # fmt: skip
 
     def _caption_loss(self, rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
@@ -263,12 +318,15 @@ class _Run:
         module: nn.Module,
         steps: int,
         loss_of: Callable[[np.ndarray, np.random.Generator | None], Tensor],
+        rows: np.ndarray | None = None,
     ) -> list[dict[str, float]]:
+        """Train `module` on `rows` (of `self.train`, if not given), give it its best weights, return its history."""
         config = self.config
         optimizer = Optimizer(
             module, lr=config.lr, muon_lr=0.0 if config.start else config.muon_lr, steps=steps
         )
-        step, history, best = 0, [], float("inf")
+        step, history, stale = 0, [], 0
+        best: dict[str, Any] = {"valid_loss": float("inf"), "model": {}}
         checkpoint = self.out / "checkpoint.pt"
         state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else None
         if state and state["phase"] != name and name in state["done"]:
@@ -278,23 +336,22 @@ class _Run:
         if state and state["phase"] == name:
             module.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            step, history, best = state["step"], state["history"], state["best"]
+            step, history, stale, best = state["step"], state["history"], state["stale"], state["best"]
             log.info("continuing %s at step %d of %d", name, step, steps)
         done = state["done"] if state else {}
-        groups = list(self.pixels.by_length(self.train))
+        groups = list(self.pixels.by_length(self.train if rows is None else rows))
         # The decoder has to compare frames for words of motion, so it sees images and videos equally often;
         # the tower sees the rarer kind, mostly videos, only somewhat oftener.
         weight = np.ones(len(groups)) if name == "caption" else np.sqrt([len(g) for g in groups])
-        saved, smooth, stale = time.monotonic(), None, 0
+        saved, smooth = time.monotonic(), None
         module.train()
         progress = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=2)
-        while step < steps:
+        while step < steps and stale < config.patience:
             rng = np.random.default_rng([config.seed, 1 + len(done), step])
             group = groups[rng.choice(len(groups), p=weight / weight.sum())]
             frames = int(self.pixels.counts[group[0]])
             size = max(1, config.batch * 2 // (frames + 1))
-            rows = rng.choice(group, size, replace=len(group) < size)
-            loss = loss_of(rows, rng)
+            loss = loss_of(rng.choice(group, size, replace=len(group) < size), rng)
             optimizer.step(loss, step)
             step += 1
             value = float(loss.detach())
@@ -304,21 +361,22 @@ class _Run:
             if step % config.eval_every == 0 or step == steps:
                 valid = self._valid_loss(module, name, loss_of)
                 history.append({"step": step, "train_loss": value, "valid_loss": valid})
-                stale = stale + 1 if valid >= best else 0
-                best = min(best, valid)
-                if stale >= config.patience:
-                    log.info(
-                        "%s: stopped at step %d, no better validation loss in %d looks", name, step, stale
-                    )
-                    break
+                stale += 1
+                if valid < best["valid_loss"]:
+                    weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
+                    stale, best = 0, {"valid_loss": valid, "step": step, "model": weights}
             if time.monotonic() - saved > config.checkpoint_seconds or step == steps:
                 self._checkpoint(
                     phase=name, step=step, model=module.state_dict(), optimizer=optimizer.state_dict(),
-                    history=history, best=best, done=done,
+                    history=history, stale=stale, best=best, done=done,
                 )  # fmt: skip
                 saved = time.monotonic()
         progress.close()
-        done = {**done, name: {"model": module.state_dict(), "history": history}}
+        if not best["model"]:
+            raise ConfigError(f"{name}: the loss on held-out items is no number; start again with a lower --lr")
+        log.info("%s: ends at step %d of %d, best on held-out items at %d", name, step, steps, best["step"])
+        module.load_state_dict(best["model"])
+        done = {**done, name: {"model": best["model"], "history": history}}
         self._checkpoint(phase="", done=done)
         module.eval()
         return history
@@ -362,6 +420,32 @@ class _Words(nn.Module):
         in_order = torch.linspace(0, frames - 1, self.frames).round().long()
         logits: Tensor = self.head(pooled[:, in_order].flatten(1))
         return logits
+
+
+class _Masked(nn.Module):
+    """Simple masked image modelling (SimMIM, Xie et al. 2022): a learnt vector stands for some patches, and a linear
+    map of the tower's states has to tell their pixels."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        config = model.config.vision_config
+        self.tower, self.size = model.model.vision_tower, config.patch_size
+        self.patches = (config.image_size // config.patch_size) ** 2
+        self.token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.head = nn.Linear(config.hidden_size, 3 * self.size**2)
+
+    def forward(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        """FP32 [N, 3, H, W], bool [N, patches] → mean absolute error on the masked patches, a scalar."""
+
+        def replaced(_: nn.Module, __: Any, found: Tensor) -> Tensor:  # [N, width, rows, columns]
+            hidden = masked.unflatten(1, found.shape[2:]).unsqueeze(1)
+            return torch.where(hidden, self.token[:, None, None], found)
+
+        with _embeddings(self.tower).patch_embedding.register_forward_hook(replaced):
+            states = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        wanted = F.unfold(pixels, self.size, stride=self.size).transpose(1, 2)
+        lost: Tensor = (self.head(states) - wanted)[masked].abs().mean()
+        return lost
 
 
 class _Patches(nn.Module):
@@ -418,7 +502,7 @@ def start_tower(model: LlavaForConditionalGeneration, pixels: Pixels, rows: np.n
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     k = min(width, len(values))
     scale = (values[-k:] + 1e-3 * values[-1]).rsqrt()
-    embeddings = (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
+    embeddings = _embeddings(tower)
     embeddings.patch_embedding.weight[:k] = (vectors[:, -k:] * scale).T.unflatten(1, (3, patch, patch))
 
     side = config.image_size // patch
@@ -429,6 +513,10 @@ def start_tower(model: LlavaForConditionalGeneration, pixels: Pixels, rows: np.n
     embeddings.position_embedding.weight[1:, : waves.shape[1]] = 0.5 * waves
 
 
+def _embeddings(tower: nn.Module) -> Any:
+    return (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
+
+
 def image_tokens(model: LlavaForConditionalGeneration) -> int:
     """Rows of the prompt table that one picture takes."""
     config = model.config
@@ -436,8 +524,24 @@ def image_tokens(model: LlavaForConditionalGeneration) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
+def _with_taste(
+    texts: Mapping[int, str | None], items: np.ndarray, interactions: pa.Table, split: Split | None,
+    config: CaptionerConfig,
+) -> dict[int, str | None]:  # fmt: skip
+    """Texts, followed by taste words of the training part of the log."""
+    if split is None:
+        raise DataError("--behaviour: expected a data set with interactions, found none; taste words come from likes")
+    fitted = split.assign(0, micros(interactions["timestamp"])).part == TRAIN
+    columns = (interactions[name].to_numpy()[fitted] for name in ("user_id", "item_id", "label"))
+    words = behaviour_words(
+        *columns, items=items, clusters=config.behaviour, min_likes=config.behaviour_likes, seed=config.seed,
+        terciles=config.behaviour_terciles,
+    )  # fmt: skip
+    return {**texts, **with_behaviour({item: text for item, text in texts.items() if text}, words)}
+
+
 def _identity(data: Path, texts: Mapping[int, str] | None) -> str:
-    """A data set's identity for resuming: its record, its items' size, and the captions where they were chosen."""
-    stat = (data / "items.parquet").stat()
+    """A data set's identity for resuming: its record, its tables' size, and the captions where they were chosen."""
+    size = sum(table.stat().st_size for table in data.glob("*.parquet"))
     chosen = "" if texts is None else json.dumps(sorted(texts.items()))
-    return hashlib.sha256((data / "dataset.json").read_bytes() + f"{stat.st_size}{chosen}".encode()).hexdigest()[:12]
+    return hashlib.sha256((data / "dataset.json").read_bytes() + f"{size}{chosen}".encode()).hexdigest()[:12]

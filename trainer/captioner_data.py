@@ -17,6 +17,7 @@ from sightline.errors import MediaError
 from sightline.media import MediaSpec, decode, resize
 from sightline.prompt import CaptionPrompt
 from sightline.schema import MediaReader
+from trainer.behaviour import split_behaviour
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,11 @@ class Augmentation:
 
 
 class Targets:
-    """Reference captions as padded ids int64 [items, T]: caption, end, then IGNORE."""
+    """Reference captions as padded ids int64 [items, T]: caption, end, then IGNORE.
+
+    Where some captions end in taste words (trainer/behaviour.py), those of the others are unknown: neither their words
+    nor where their captions end are targets. A word that captions have of looks, too, counts as one of looks.
+    """
 
     def __init__(self, captions: Sequence[str], tokenizer: Tokenizer, end_id: int) -> None:
         rows = [[*e.ids, end_id] for e in tokenizer.encode_batch(list(captions), add_special_tokens=False)]
@@ -117,14 +122,27 @@ class Targets:
         self.sides = any(side in caption.split() for caption in captions for side in ("left", "right"))
         self.words = torch.nonzero(words >= 5).flatten()  # ids frequent enough to be a class, int64 [W]
         self.word_is_colour = torch.isin(self.words, whole)
+        looks = [split_behaviour(caption)[0] for caption in captions]
+        ends = torch.tensor([len(e.ids) for e in tokenizer.encode_batch(looks, add_special_tokens=False)])
+        self._of_taste = (torch.arange(self.length) >= ends[:, None]) & (self.ids != end_id)
+        self._has_taste = torch.tensor([a != b for a, b in zip(captions, looks, strict=True)], dtype=torch.bool)
+        self._end_unknown = (self.ids == end_id) & ~self._has_taste[:, None] & self._has_taste.any()
+        self.word_is_taste = ~torch.isin(self.words, self.ids[~self._of_taste])
 
     def labels(self, rows: np.ndarray, true_colours: Tensor) -> Tensor:
-        """int64 [B, T]; colour words of pictures whose colours were changed are IGNORE."""
-        return self.ids[rows].masked_fill(self.is_colour[rows] & ~true_colours[:, None], IGNORE)
+        """int64 [B, T]; colour words of pictures whose colours were changed are IGNORE, unknown ends, too."""
+        unknown = (self.is_colour[rows] & ~true_colours[:, None]) | self._end_unknown[rows]
+        return self.ids[rows].masked_fill(unknown, IGNORE)
 
     def bag(self, rows: np.ndarray) -> Tensor:
         """FP32 [B, W]: which of `words` the caption has."""
-        return (self.ids[rows][:, :, None] == self.words).any(1).float()
+        there = self.ids[rows][:, :, None] == self.words
+        return (there & (self._of_taste[rows][:, :, None] == self.word_is_taste)).any(1).float()
+
+    def known(self, rows: np.ndarray, true_colours: Tensor) -> Tensor:
+        """bool [B, W]: of which of `words` `bag` can tell: not of colours that were changed, nor of unknown taste."""
+        colours = true_colours[:, None] | ~self.word_is_colour
+        return colours & (self._has_taste[rows][:, None] | ~self.word_is_taste)
 
 
 def model_inputs(

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -37,13 +38,16 @@ SIZES: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int], int
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
-    """A LLaMA-style tokenizer: BPE on `▁`-marked words, byte fallback, single digits, `<s>` in front."""
+    """A LLaMA-style tokenizer: BPE on `▁`-marked words, byte fallback, `<s>` in front.
+
+    Digits stand alone, except at the end of a word (`taste3`), which is one piece if it is frequent.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"),
             pre_tokenizers.Punctuation(),
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(r"▁?\p{L}+\d+|\d"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Sequence(
@@ -92,6 +96,31 @@ def new_captioner(size: str, tokenizer: Tokenizer, seed: int = 0) -> LlavaForCon
     )  # fmt: skip
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config)
+
+
+class Encoder(nn.Module):
+    """What a captioner sees of pixels FP32 [N, 3, H, W]: the features that its decoder reads, and their summary.
+
+    image_features [N, P, D]: `LlavaForConditionalGeneration.get_image_features`, the tower's chosen hidden states,
+        projected; without class token where the checkpoint says so.
+    pooled_features [N, width]: the last of these states, without class token, max-pooled over patches. In captioners
+        trained from scratch that is the tower's last state, which the classifier of caption words was trained on.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+        layer = model.config.vision_feature_layer
+        self.layers: list[int] = [layer] if isinstance(layer, int) else list(layer)
+        self.drop_class_token = model.config.vision_feature_select_strategy == "default"
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(image_features, pooled_features)."""
+        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        chosen = [states[layer][:, 1:] if self.drop_class_token else states[layer] for layer in self.layers]
+        features: Tensor = self.projector(torch.cat(chosen, dim=-1))
+        return features, states[self.layers[-1]][:, 1:].amax(1)
 
 
 def save_captioner(

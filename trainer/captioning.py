@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from sightline.errors import DataError
+from sightline.annotation import Annotated, plain
+from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
 from sightline.schema import MediaReader, read_interactions, read_items, read_record
-from trainer.captioner import image_tokens
+from sightline.words import WordHead
+from trainer.behaviour import split_behaviour
+from trainer.caption_report import calibration, coverage, slot_scores
 from trainer.captioner_data import Pixels
-from trainer.metrics import GRAMMARS, caption_metrics, slot_recall
+from trainer.captioner_model import Encoder
+from trainer.metrics import GRAMMARS, caption_metrics
 from trainer.splits import Split, micros, training_items
-
-
-@torch.inference_mode()
-def caption_items(
-    captioner: Path, data: Path, item_ids: Sequence[int] | None = None, *, batch: int = 128
-) -> dict[int, str]:
-    """item_id → caption, greedy, for all items with usable media (or those of `item_ids`)."""
-    items = read_items(data)
-    ids = items["item_id"].to_pylist() if item_ids is None else list(item_ids)
-    return caption_pixels(
-        captioner, Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner)), batch
-    )
-
-
-@torch.inference_mode()
-def caption_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> dict[int, str]:
-    """item_id → caption of decoded media."""
-    prompt = CaptionPrompt.from_pretrained(captioner)
-    model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
-    tokens = image_tokens(model)
-    captions: dict[int, str] = {}
-    progress = tqdm(total=len(pixels), desc="caption", unit="item", mininterval=1)
-    for group in pixels.by_length(np.arange(len(pixels))):
-        frames = int(pixels.counts[group[0]])
-        head = torch.from_numpy(prompt.token_ids(tokens * frames).astype(np.int64))
-        for rows in np.array_split(group, -(-len(group) * frames // batch)):
-            ids = head.expand(len(rows), -1)
-            out = model.generate(
-                input_ids=ids, pixel_values=pixels.normalised(pixels.batch(rows)), attention_mask=torch.ones_like(ids),
-                max_new_tokens=prompt.max_new_tokens, do_sample=False, eos_token_id=prompt.end_id,
-                pad_token_id=prompt.pad_id,
-            )  # fmt: skip
-            for row, generated in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                captions[pixels.ids[row]] = prompt.text(generated)
-            progress.update(len(rows))
-    progress.close()
-    return captions
-
-
-# Bins of a word's confidence: how many times its share of the training captions its probability is.
-CONFIDENCE_BINS = (1.2, 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +38,8 @@ class Described:
     Attributes:
         ids: int64 [n].
         captions: greedy.
-        vectors: FP32 [n, D], the vision tower's patches averaged over patches and frames.
-        confidences: per item, word → bin from 1 (`CONFIDENCE_BINS[0]` times its usual share) on; none where the folder
-            has no word classifier.
+        vectors: FP32 [n, width], pooled features averaged over frames.
+        confidences: per item, word → level 1 … 9 (sightline/words.py); none where the folder has no word classifier.
     """
 
     ids: np.ndarray
@@ -84,40 +47,135 @@ class Described:
     vectors: np.ndarray
     confidences: list[dict[str, int]]
 
+    @property
+    def annotations(self) -> dict[int, str]:
+        """item_id → annotated caption, as the server's ANNOTATION."""
+        return {
+            int(item): Annotated(caption, confidences=confidence).to_text()
+            for item, caption, confidence in zip(self.ids, self.captions, self.confidences, strict=True)
+        }
+
+
+def caption_items(
+    captioner: Path, data: Path, item_ids: Sequence[int] | None = None, *, batch: int = 128
+) -> dict[int, str]:
+    """item_id → annotated caption, for all items with usable media (or those of `item_ids`).
+
+    `sightline.annotation.plain` gives the caption that people read.
+    """
+    return describe_pixels(captioner, _pixels(captioner, data, item_ids), batch).annotations
+
 
 @torch.inference_mode()
 def describe_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> Described:
-    """Caption, content vector and word confidences of decoded media."""
+    """Greedy caption, content vector and word confidences of decoded media."""
+    prompt, words = CaptionPrompt.from_pretrained(captioner), WordHead.from_pretrained(captioner)
     model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
-    words = np.load(captioner / "words.npz") if (captioner / "words.npz").exists() else None
+    captions = [""] * len(pixels)
     vectors = np.zeros((len(pixels), model.config.vision_config.hidden_size), np.float32)
     confidences: list[dict[str, int]] = [{} for _ in range(len(pixels))]
+    for rows, start, pooled in _read(model, prompt, pixels, batch, "caption"):
+        written = _write(model, prompt, start, do_sample=False)
+        vectors[rows] = pooled.mean(1)
+        known = words(pooled) if words else [{} for _ in rows]
+        for row, text, levels in zip(rows, written, known, strict=True):
+            captions[row], confidences[row] = text, levels
+    return Described(ids=np.array(pixels.ids, np.int64), captions=captions, vectors=vectors, confidences=confidences)
+
+
+def sample_items(
+    captioner: Path, data: Path, item_ids: Sequence[int] | None = None, *, samples: int, temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[int, list[str]]:  # fmt: skip
+    """`sample_pixels` of all items with usable media (or those of `item_ids`)."""
+    pixels = _pixels(captioner, data, item_ids)
+    return sample_pixels(captioner, pixels, samples=samples, temperature=temperature, seed=seed)
+
+
+@torch.inference_mode()
+def sample_pixels(
+    captioner: Path, pixels: Pixels, *, samples: int, temperature: float = 1.0, seed: int = 0, batch: int = 128
+) -> dict[int, list[str]]:
+    """item_id → `samples` captions drawn from the decoder's distribution at `temperature`, repetitions included.
+
+    The draws depend on the seed, the items and the batch; the process's own random state is left as it was.
+
+    Raises:
+        ConfigError: no sample asked for, or a temperature that is not above 0.
+    """
+    if samples < 1 or not temperature > 0:
+        raise ConfigError(
+            f"sampled captions: expected at least 1 and a temperature above 0, got {samples} and {temperature}"
+        )
+    prompt = CaptionPrompt.from_pretrained(captioner)
+    model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
+    found: dict[int, list[str]] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for rows, start, _ in _read(model, prompt, pixels, max(1, batch // samples), "sample"):
+            drawn = _write(
+                model, prompt, start, do_sample=True, num_return_sequences=samples, temperature=temperature, top_k=0,
+                top_p=1.0,
+            )  # fmt: skip
+            for at, row in enumerate(rows):
+                found[pixels.ids[row]] = drawn[at * samples : (at + 1) * samples]
+    return found
+
+
+def with_samples(annotations: Mapping[int, str], samples: Mapping[int, Sequence[str]]) -> dict[int, str]:
+    """item_id → annotated caption, with its sampled captions in place of those that it had."""
+    return {
+        item: replace(Annotated.parse(text), samples=samples.get(item, ())).to_text()
+        for item, text in annotations.items()
+    }
+
+
+def _pixels(captioner: Path, data: Path, item_ids: Sequence[int] | None) -> Pixels:
+    """Usable media of all items, or of `item_ids`, as the captioner sees them."""
+    items = read_items(data)
+    ids = items["item_id"].to_pylist() if item_ids is None else list(item_ids)
+    return Pixels(MediaReader(data, items), ids, MediaSpec.from_pretrained(captioner))
+
+
+def _read(
+    model: LlavaForConditionalGeneration, prompt: CaptionPrompt, pixels: Pixels, batch: int, what: str
+) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """In batches of at most `batch` frames or one item, items of one length each: their rows [B], the decoder's input
+    FP32 [B, L, D] and pooled features FP32 [B, frames, width]."""
+    encoder, embed = Encoder(model), model.get_input_embeddings()
+    progress = tqdm(total=len(pixels), desc=what, unit="item", mininterval=1)
     for group in pixels.by_length(np.arange(len(pixels))):
         frames = int(pixels.counts[group[0]])
-        for rows in np.array_split(group, -(-len(group) * frames // batch)):
-            states = model.model.vision_tower(
-                pixel_values=pixels.normalised(pixels.batch(rows))
-            ).last_hidden_state[:, 1:]
-            vectors[rows] = states.mean(1).unflatten(0, (-1, frames)).mean(1).numpy()
-            if words is not None:
-                pooled = states.amax(1).unflatten(0, (-1, frames))  # [B, frames, width]
-                in_order = np.linspace(0, frames - 1, int(words["frames"])).round().astype(np.int64)
-                logits = pooled[:, in_order].flatten(1).numpy() @ words["weight"].T + words["bias"]
-                ratio = 1 / (1 + np.exp(-logits)) / (words["rate"] + 0.01)
-                for row, bins in zip(rows, np.digitize(ratio, CONFIDENCE_BINS), strict=True):
-                    found = {str(words["words"][at]).replace("▁", ""): int(bins[at]) for at in np.flatnonzero(bins)}
-                    confidences[row] = {word: level for word, level in found.items() if word.isalnum()}
-    captions = caption_pixels(captioner, pixels, batch)
-    return Described(
-        ids=np.array(pixels.ids, np.int64), captions=[captions[item] for item in pixels.ids], vectors=vectors,
-        confidences=confidences,
+        for rows in np.array_split(group, min(len(group), -(-len(group) * frames // batch))):
+            seen, pooled = encoder(pixels.normalised(pixels.batch(rows)))
+            ids = torch.from_numpy(prompt.token_ids(seen.shape[1] * frames).astype(np.int64)).expand(len(rows), -1)
+            start = embed(ids)  # [B, L, D]; the image's places then take what the encoder sees
+            start[ids == prompt.image_token_id] = seen.flatten(0, 1)
+            yield rows, start, pooled.unflatten(0, (-1, frames)).numpy()
+            progress.update(len(rows))
+    progress.close()
+
+
+def _write(model: LlavaForConditionalGeneration, prompt: CaptionPrompt, start: Tensor, **how: Any) -> list[str]:
+    """The decoder's input [B, L, D] → captions, those of one item together; `how` is for Hugging Face's `generate`."""
+    out = model.generate(
+        inputs_embeds=start, attention_mask=torch.ones(start.shape[:2], dtype=torch.int64),
+        max_new_tokens=prompt.max_new_tokens, eos_token_id=prompt.end_id, pad_token_id=prompt.pad_id, **how,
     )  # fmt: skip
+    return [prompt.text(ids) for ids in out.tolist()]
 
 
-def write_captions(path: Path, captions: dict[int, str], version: str) -> None:
-    """Write item_id → caption as Parquet, marked with the captioner's version; whole or not at all."""
+def write_captions(path: Path, captions: Mapping[int, str], version: str) -> None:
+    """Write item_id → annotated caption as Parquet, marked with the captioner's version; whole or not at all.
+
+    Columns: `item_id`, `caption` as people read it, `annotation` as the server's `caption` model answers it.
+    """
     table = pa.table(
-        {"item_id": pa.array(captions, pa.int64()), "caption": pa.array(captions.values(), pa.string())}
+        {
+            "item_id": pa.array(captions, pa.int64()),
+            "caption": pa.array(map(plain, captions.values()), pa.string()),
+            "annotation": pa.array(captions.values(), pa.string()),
+        }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -126,32 +184,34 @@ def write_captions(path: Path, captions: dict[int, str], version: str) -> None:
 
 
 def read_captions(path: Path) -> tuple[dict[int, str], str]:
-    """item_id → caption, and the version of the captioner that wrote them.
+    """item_id → annotated caption, and the version of the captioner that wrote them.
 
     Raises:
-        DataError: no such file, or not one that `sightline caption` wrote.
+        DataError: no such file, or not one that `sightline caption` wrote. One of captions alone, as earlier versions
+            wrote it, is refused, too: a ranker would be trained on less than it is served.
     """
     if not path.exists():
         raise DataError(f"{path}: expected captions; write them with `sightline caption`")
     table = pq.read_table(path)
     version = (table.schema.metadata or {}).get(b"captioner")
-    if version is None or not {"item_id", "caption"} <= set(table.column_names):
+    if version is None or not {"item_id", "annotation"} <= set(table.column_names):
         raise DataError(
-            f"{path}: expected item_id, caption and the captioner's version; write it with `sightline caption`"
+            f"{path}: expected item_id, annotation and the captioner's version, found {', '.join(table.column_names)}; "
+            "remove the file and write it again with `sightline caption`"
         )
-    return dict(
-        zip(table["item_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
-    ), version.decode()
+    return dict(zip(table["item_id"].to_pylist(), table["annotation"].to_pylist(), strict=True)), version.decode()
 
 
 def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str, dict[str, Any]]:
-    """Caption metrics on items that the captioner was not fitted on, and on unseen combinations among them.
+    """Metrics of captions, annotated or not, on items that the captioner was not fitted on, and on unseen combinations
+    among them.
 
     A combination is unseen if the generator held it out; in other data, if no training item has the same set
     of attributes.
 
     Returns:
-        `items` and `combinations`, each with `trainer.metrics.caption_metrics` and the recall per slot.
+        `items` and `combinations`, each with `trainer.metrics.caption_metrics`, precision, recall and F1 per slot
+        (`slots`; `recall` alone, too) and `coverage`. Words of taste are left out: references have none.
     """
     _, record, rows = _described(data, seed)
     slots: Callable[[str], Any] = GRAMMARS[record.get("grammar", "words")]
@@ -164,17 +224,30 @@ def caption_quality(data: Path, captions: dict[int, str], seed: int) -> dict[str
             return (found.get("object"), found.get("colour")) in unseen_pairs
         return frozenset(slots(text)) not in seen
 
-    held = [(captions[item], text) for item, text, fit in rows if not fit and item in captions]
+    held = [
+        (split_behaviour(plain(captions[item]))[0], text) for item, text, fit in rows if not fit and item in captions
+    ]
     cuts = {"items": held, "combinations": [pair for pair in held if unseen(pair[1])]}
     quality: dict[str, dict[str, Any]] = {}
     for name, pairs in cuts.items():
         if pairs:
             ours, theirs = zip(*pairs, strict=True)
+            scores = slot_scores(ours, theirs, slots)
             quality[name] = {
                 **caption_metrics(ours, theirs, slots),
-                "recall": slot_recall(ours, theirs, slots),
+                "recall": {slot: one["recall"] for slot, one in scores.items() if one["wanted"]},
+                "slots": scores,
+                "coverage": coverage(ours, theirs),
             }
     return quality
+
+
+def caption_calibration(data: Path, captioner: Path, seed: int) -> dict[str, Any]:
+    """`trainer.caption_report.calibration` on items that the captioner was not fitted on; empty without such items."""
+    items, _, rows = _described(data, seed)
+    held = {item: text for item, text, fit in rows if not fit}
+    pixels = Pixels(MediaReader(data, items), list(held), MediaSpec.from_pretrained(captioner))
+    return calibration(captioner, pixels, held) if len(pixels) else {}
 
 
 def caption_baselines(data: Path, captioner: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -1,9 +1,10 @@
 """The ranker on several processes: `torchrun --nproc-per-node 2 -m trainer.distributed --data … --captions …`.
 
 TorchRec's DistributedModelParallel spreads the tables over the processes, whole (table_wise) or by ranges of rows
-(row_wise); its planner chooses between the two. The rest is replicated. Every process reads the same batches and takes
-its rows of them, so the global batch, the dropped ids and with them the loss curve are those of `trainer.ranker.fit`,
-up to the order of FP32 sums. Runs on CPUs, over gloo.
+(row_wise); its planner chooses between the two. The rest is replicated. Every process reads row groups of its own, and
+takes the rows of a batch that lie there; so the global batch, the dropped ids and with them the loss curve are those of
+`trainer.ranker.fit`, up to the order of FP32 sums. The shares of a batch differ by a few rows: shorter ones are filled
+up, and every process takes as many steps. Runs on CPUs, over gloo.
 
 The folder is that of `sightline train ranker`. Its `model.pt` holds whole tables, whoever wrote it, and starts any
 number of processes (`--weights`): torch.distributed.checkpoint cuts it up, and puts the parts together again.
@@ -84,7 +85,8 @@ def train(
         start: `model.pt` of the same shape to go on from, in place of fresh weights.
 
     Returns:
-        The record: per epoch training and validation loss in nats, seconds of training; on process 0 the version, too.
+        The record: per epoch training and validation loss in nats; per process and epoch the labels that it trained
+        on; seconds of training; on process 0 the version, too.
     """
     shard = Shard(rank=dist.get_rank(), ranks=dist.get_world_size())
     found, version = read_captions(captions)
@@ -94,7 +96,8 @@ def train(
     if shard.rank == 0:
         made = prepare(data, found, out, config)
         shape = made.shape(config, ARMS[arm])
-        weights = torch.load(start, weights_only=True) if start else new_ranker(shape, config.seed).state_dict()
+        fresh = new_ranker(shape, config.seed, made.tokens)
+        weights = torch.load(start, weights_only=True) if start else fresh.state_dict()
         for leftover in (first, last):  # of an interrupted run
             shutil.rmtree(leftover, ignore_errors=True)
         torch.save({"model": weights}, out / "model.pt")
@@ -109,8 +112,13 @@ def train(
     began = time.monotonic()
     history = optimise(model, optimizer, out / "examples.parquet", table, config, config.seed, arm, shard=shard)
     seconds = time.monotonic() - began
+    labels: list[Any] = [None] * shard.ranks
+    dist.all_gather_object(labels, [epoch.pop("labels") for epoch in history])
     dcp.save({"model": model.state_dict()}, checkpoint_id=last)
-    record = {"config": asdict(config), "ranks": shard.ranks, "history": history, "seconds": round(seconds, 1)}
+    record = {
+        "config": asdict(config), "ranks": shard.ranks, "history": history, "labels": labels,
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
     if made is not None:
         dcp_to_torch_save(last, out / "model.pt")
         weights = torch.load(out / "model.pt", weights_only=True)["model"]

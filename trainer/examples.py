@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from sightline.errors import DataError
 from sightline.profile import DENSE, UserProfiles
-from sightline.schema import CONTEXT_PREFIX, stream_interactions
+from sightline.schema import CONTEXT_PREFIX, context_columns, stream_interactions
 from trainer.splits import Rows
 
 BATCH_ROWS = 16384
+GROUP_ROWS = 4096  # of a row group of examples: the least that a process reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +39,22 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Feature columns of a data set: context names with cardinalities, and the two id vocabularies."""
+    """What is known of a data set's columns: context names with cardinalities, the two id vocabularies, and the mean
+    strength of the events."""
 
     context: dict[str, int]
     users: Vocabulary
     items: Vocabulary
+    mean_strength: float
 
     @classmethod
     def of(cls, interactions: pa.Table, split: Rows) -> Columns:
-        """Vocabularies from the rows that may be fitted on; context cardinalities too, larger values are clipped."""
+        """All from the rows that may be fitted on; larger values of context are clipped."""
         time = np.asarray(interactions["timestamp"].cast(pa.int64()).to_numpy())
         train = interactions.filter(pa.array(split.assign(0, time).fitted))
         context = {
             name.removeprefix(CONTEXT_PREFIX): int(pc.max(train[name]).as_py()) + 1
-            for name in interactions.column_names
-            if name.startswith(CONTEXT_PREFIX)
+            for name in context_columns(interactions)
         }
         if not context:
             raise DataError(
@@ -62,7 +64,13 @@ class Columns:
         users, items = (
             Vocabulary(ids=np.sort(pc.unique(train[column]).to_numpy())) for column in ("user_id", "item_id")
         )
-        return cls(context=context, users=users, items=items)
+        return cls(context=context, users=users, items=items, mean_strength=float(np.mean(strengths(train))))
+
+
+def strengths(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """float64 [rows]: how the user took it, −1 … 1; where the log does not say, 2 · label − 1."""
+    logged = "strength" in rows.schema.names
+    return (rows["strength"] if logged else pc.subtract(pc.multiply(rows["label"], 2), 1)).to_numpy().astype(np.float64)
 
 
 def context_of(batch: pa.RecordBatch, columns: Columns) -> np.ndarray:
@@ -83,8 +91,6 @@ def write_examples(
     history_tokens: dict[int, np.ndarray] | None = None,
 ) -> None:
     """Write `examples.parquet`: one row per interaction, with the user's profile as it was just before it.
-
-    An event's strength in the profiles is 2 · label − 1: a label of 1 is a like of strength 1, one of 0 a dislike.
 
     Labels that `split` hides are written as NaN.
 
@@ -113,11 +119,10 @@ def write_examples(
             tokens, negative_tokens = (np.zeros((len(users), length), np.int32) for _ in range(2))
             weights, negative_weights = (np.zeros((len(users), length), np.float32) for _ in range(2))
             dense = np.zeros((len(users), len(DENSE)), np.float32)
-            strengths = 2 * labels - 1
             rows = split.assign(start, time)
             start += len(time)
             for row, (now, user, item, strength) in enumerate(
-                zip(time.tolist(), users.tolist(), items.tolist(), strengths.tolist(), strict=True)
+                zip(time.tolist(), users.tolist(), items.tolist(), strengths(batch).tolist(), strict=True)
             ):
                 if now > last:  # events of one instant do not see each other
                     for event in pending:
@@ -145,7 +150,7 @@ def write_examples(
                 }
             )
             writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
-            writer.write_table(table)
+            writer.write_table(table, row_group_size=GROUP_ROWS)
             progress.update(len(users))
         for event in pending:
             profiles.observe(event[0], event[1], strength=event[2])
@@ -162,7 +167,7 @@ def _fixed(values: np.ndarray) -> pa.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Dense arrays of B examples; token arrays are padded with 0."""
+    """Dense arrays of B examples; token arrays are padded with 0. One process's part of a batch of all processes."""
 
     user_index: np.ndarray  # int64 [B]
     item_index: np.ndarray  # int64 [B]
@@ -177,6 +182,8 @@ class Batch:
     label: np.ndarray  # FP32 [B], or [B, tasks] where NaN says that a task's label is not known
     user_id: np.ndarray  # int64 [B]
     item_id: np.ndarray  # int64 [B]
+    place: np.ndarray  # int64 [B], number of the row in the batch of all processes
+    rows: int  # of the batch of all processes
 
 
 # Arrays by item id: ids int64 [n] ascending, and a row for each [n, …].
@@ -191,40 +198,77 @@ def stream_examples(
     shuffle: np.random.Generator | None = None,
     buffer_rows: int = 131_072,
     vectors: ItemTable | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Stream batches; with `shuffle`, row groups come in random order and rows are mixed within a buffer.
+
+    Batches are those of one process, whatever the number of processes: each is the union of its parts. The row groups
+    of a buffer are dealt to the processes, and a process reads its own ones and `part` of all. All get as many parts,
+    and equally long ones: what is missing is filled with rows of zeros whose label is not known (NaN).
 
     Args:
         token_table: items' tokens, int64 [n, L]; items that are not in it get zeros.
         vectors: items' dense content vectors, FP32 [n, V]; likewise. Without it V is 0.
+        shard: number of this process, and how many there are; all give the same `shuffle`.
     """
-    file = pq.ParquetFile(path)
-    groups = np.arange(file.num_row_groups)
-    if shuffle is not None:
-        shuffle.shuffle(groups)
-    held: list[pa.Table] = []
-    rows = 0
-    for position, group in enumerate(groups):
-        table = file.read_row_group(int(group))
-        table = table.filter(pc.is_in(table["part"], pa.array(parts)))
-        held.append(table)
-        rows += table.num_rows
-        if rows < buffer_rows and position + 1 < len(groups):
-            continue
-        whole = pa.concat_tables(held).combine_chunks()
-        held, rows = [], 0
-        if not whole.num_rows:
-            continue
-        columns = {name: _array(whole[name]) for name in whole.column_names if name != "part"}
-        order = np.arange(whole.num_rows) if shuffle is None else shuffle.permutation(whole.num_rows)
-        for start in range(0, len(order), batch_size):
-            take = order[start : start + batch_size]
-            chosen = {name: values[take] for name, values in columns.items()}
-            for name in ("profile_tokens", "profile_negative_tokens"):
-                chosen[name] = chosen[name].astype(np.int64)
-            items = chosen["item_id"]
-            vector = np.zeros((len(items), 0), np.float32) if vectors is None else _rows_of(vectors, items)
-            yield Batch(item_tokens=_rows_of(token_table, items), item_vector=vector, **chosen)
+    rank, ranks = shard
+    with pq.ParquetFile(path) as file:
+        ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+        wanted = np.split(np.isin(file.read(columns=["part"])["part"].to_numpy(), parts), ends[:-1])
+        counts = np.array([rows.sum() for rows in wanted])
+        groups = np.arange(len(ends))
+        if shuffle is not None:
+            shuffle.shuffle(groups)
+        for block in _blocks(groups, counts, buffer_rows):
+            owners = _deal(counts[block], ranks)
+            mine = block[owners == rank].tolist()
+            rows = np.concatenate([np.zeros(0, bool), *(wanted[group] for group in mine)])
+            table = file.read_row_groups(mine)
+            table = (table if rows.all() else table.filter(pa.array(rows))).combine_chunks()
+            columns = {name: _array(table[name]) for name in table.column_names if name != "part"}
+            owner = np.repeat(owners, counts[block])
+            row = np.cumsum(owner == rank) - 1  # in `table`
+            order = np.arange(len(owner)) if shuffle is None else shuffle.permutation(len(owner))
+            for start in range(0, len(order), batch_size):
+                take = order[start : start + batch_size]
+                place = np.flatnonzero(owner[take] == rank)
+                missing = np.bincount(owner[take], minlength=ranks).max() - len(place)
+                chosen = {name: _padded(values[row[take[place]]], missing) for name, values in columns.items()}
+                chosen["label"][len(place) :] = np.nan
+                for name in ("profile_tokens", "profile_negative_tokens"):
+                    chosen[name] = chosen[name].astype(np.int64)
+                items = chosen["item_id"]
+                vector = np.zeros((len(items), 0), np.float32) if vectors is None else _rows_of(vectors, items)
+                yield Batch(
+                    item_tokens=_rows_of(token_table, items), item_vector=vector, place=_padded(place, missing),
+                    rows=len(take), **chosen,
+                )  # fmt: skip
+
+
+def _blocks(groups: np.ndarray, counts: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Runs of row groups that hold at least this many rows, but for the last run; groups without any are left out."""
+    block: list[int] = []
+    for group in groups[counts[groups] > 0].tolist():
+        block.append(group)
+        if counts[block].sum() >= rows:
+            yield np.array(block)
+            block = []
+    if block:
+        yield np.array(block)
+
+
+def _deal(counts: np.ndarray, ranks: int) -> np.ndarray:
+    """Owner of each row group, int64 [groups]: the largest first, to who has the fewest rows."""
+    load, owners = np.zeros(ranks, np.int64), np.zeros(len(counts), np.int64)
+    for group in np.argsort(-counts, kind="stable"):
+        owners[group] = load.argmin()
+        load[owners[group]] += counts[group]
+    return owners
+
+
+def _padded(values: np.ndarray, missing: int) -> np.ndarray:
+    """`values` with rows of zeros behind it."""
+    return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)]) if missing else values
 
 
 def _rows_of(table: ItemTable, items: np.ndarray) -> np.ndarray:

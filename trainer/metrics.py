@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from catalogue.attributes import caption_slots
 from catalogue.movies import movie_slots
 from sightline.tokens import normalise
+from trainer.behaviour import split_behaviour
 
 Slots = Iterable[tuple[str, str]]
 
@@ -21,10 +22,20 @@ def word_slots(caption: str) -> frozenset[tuple[str, str]]:
     return frozenset(("word", word) for word in normalise(caption).split())
 
 
+def _with_taste(looks: Callable[[str], Slots]) -> Callable[[str], Slots]:
+    """A grammar of what items look like, and of taste words behind it (trainer/behaviour.py)."""
+
+    def slots(caption: str) -> frozenset[tuple[str, str]]:
+        rest, taste = split_behaviour(caption)
+        return frozenset({*looks(rest), *taste})
+
+    return slots
+
+
 GRAMMARS: dict[str, Callable[[str], Slots]] = {
-    "product": caption_slots,
-    "movie": movie_slots,
-    "words": word_slots,
+    "product": _with_taste(caption_slots),
+    "movie": _with_taste(movie_slots),
+    "words": _with_taste(word_slots),
 }
 
 
@@ -51,18 +62,6 @@ def caption_metrics(
         "token_f1": float(np.mean(token_f1)),
         "captions": len(predicted),
     }
-
-
-def slot_recall(
-    predicted: Sequence[str], reference: Sequence[str], slots: Callable[[str], Slots]
-) -> dict[str, float]:
-    """Per slot: share of reference values that the prediction has."""
-    hits: dict[str, list[bool]] = {}
-    for ours, theirs in zip(predicted, reference, strict=True):
-        found = set(slots(ours))
-        for slot, value in slots(theirs):
-            hits.setdefault(slot, []).append((slot, value) in found)
-    return {slot: float(np.mean(values)) for slot, values in sorted(hits.items())}
 
 
 def ranking_metrics(label: np.ndarray, score: np.ndarray, user: np.ndarray) -> dict[str, float]:

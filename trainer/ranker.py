@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from sightline.tokens import Kind, TokenSpec
 from trainer import metrics
 from trainer.examples import Batch, Columns, ItemTable, stream_examples, write_examples
 from trainer.metrics import grammar_of
-from trainer.ranker_model import MODELS, TABLE_STD, Ranker, RankerShape, new_ranker
+from trainer.ranker_model import MODELS, TABLE_STD, Ranker, RankerShape, Tokens, new_ranker
 from trainer.splits import TEST, TRAIN, VALID, Rows, Split, micros, training_items
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class RankerConfig:
     lr: float = 4e-3
     table_lr: float = 0.1
     table_std: float = TABLE_STD  # smaller for small logs (docs/log.md)
-    id_dropout: float = 0.1
+    item_dropout: float = 0.1  # share of examples whose item, or user, is a stranger's
+    user_dropout: float = 0.1
     patience: int = 1
     seed: int = 0
 
@@ -75,8 +76,9 @@ class RankerConfig:
         for name in ("seeds", "token_rows", "token_length", "profile_length", "dim", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.id_dropout < 1:
-            raise ConfigError(f"--id-dropout is {self.id_dropout}; expected a share from 0 to below 1")
+        for name in ("item_dropout", "user_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
 
     @property
     def table_options(self) -> dict[str, float]:
@@ -110,7 +112,9 @@ def train_ranker(
         shape = made.shape(config, ARMS[arm])
         scores[arm] = []
         for seed in range(config.seeds):
-            model, history = fit(shape, out / "examples.parquet", made.table, config, config.seed + seed, arm)
+            model, history = fit(
+                shape, out / "examples.parquet", made.table, config, config.seed + seed, arm, tokens=made.tokens
+            )
             scores[arm].append(predict(model, shape, test.batches()))
             if arm == config.arms[-1] and seed == 0:
                 chosen = model
@@ -146,6 +150,11 @@ class Prepared:
     spec: TokenSpec
     table: ItemTable  # item ids and their tokens
     profiles: UserProfiles  # as of the end of the log
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the rows of the token table stand for."""
+        return self.spec.base, self.spec.amount
 
     def shape(self, config: RankerConfig, groups: Collection[str], item_vector: int = 0) -> RankerShape:
         """Of a ranker with these feature groups beside ids and context."""
@@ -199,7 +208,10 @@ def prepare_rows(
 
     table = (ids, encoded(texts))
     past = table[1] if remembered is None else encoded(remembered)
-    profiles = UserProfiles(ProfileConfig(length=config.profile_length), spec.ids_of(config.families[0]))
+    profiles = UserProfiles(
+        ProfileConfig(length=config.profile_length, prior_strength=columns.mean_strength),
+        *spec.amounts_of(config.families[0]),
+    )
     tokens, history = (dict(zip(ids.tolist(), rows_, strict=True)) for rows_ in (table[1], past))
     write_examples(data, examples, columns, rows, tokens, profiles, history_tokens=history)
     return Prepared(split=rows, columns=columns, spec=spec, table=table, profiles=profiles)
@@ -276,22 +288,11 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in names}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One process's part of every batch: rows rank, rank + ranks, …"""
+class Shard(NamedTuple):
+    """Which of the processes this one is."""
 
     rank: int = 0
     ranks: int = 1
-
-    def of(self, batch: Batch) -> Batch:
-        """This process's rows. All get the same number: missing ones are copies whose label is not known (NaN)."""
-        if self.ranks == 1:
-            return batch
-        rows = len(batch.user_id)
-        at = np.arange(self.rank, -(-rows // self.ranks) * self.ranks, self.ranks)
-        taken = {name: values[np.minimum(at, rows - 1)] for name, values in vars(batch).items()}
-        taken["label"][at >= rows] = np.nan
-        return Batch(**taken)
 
     def total(self, *values: float) -> list[float]:
         """Sums over the processes."""
@@ -303,7 +304,7 @@ class Shard:
 
 def fit(
     shape: RankerShape, path: Path, table: ItemTable, config: RankerConfig, seed: int, name: str, *,
-    vectors: ItemTable | None = None,
+    vectors: ItemTable | None = None, tokens: Tokens | None = None,
 ) -> tuple[Ranker, list[dict[str, float]]]:  # fmt: skip
     """Train one ranker on the training rows of an examples file; early stopping looks at the validation rows.
 
@@ -312,14 +313,15 @@ def fit(
         table: item ids ascending int64 [n], their tokens int64 [n, L].
         name: of the progress bar.
         vectors: item ids ascending int64 [m], their content vectors FP32 [m, V], for `shape.item_vector` = V.
+        tokens: what the rows of the token table stand for, where that is not each for itself.
 
     Returns:
-        The ranker with the weights of its best epoch; per epoch its mean training and validation loss in nats.
+        The ranker with the weights of its best epoch; the epochs as `optimise` returns them.
 
     Raises:
         DataError: the file has no training rows, or no validation rows.
     """
-    model = new_ranker(shape, seed)
+    model = new_ranker(shape, seed, tokens)
     history = optimise(model, optimizer(model, config), path, table, config, seed, name, vectors=vectors)
     return model.eval(), history
 
@@ -347,34 +349,43 @@ def optimise(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, table: ItemTable,
     config: RankerConfig, seed: int, name: str, *, vectors: ItemTable | None = None, shard: Shard | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """The training loop of `fit`, on one process or as one `shard` of several; leaves the best epoch's weights."""
+    """The training loop of `fit`, on one process or as one `shard` of several; leaves the best epoch's weights.
+
+    Returns:
+        Per epoch mean training and validation loss in nats, and how many labels this process trained on.
+    """
     shard = shard or Shard()
     history: list[dict[str, float]] = []
     best, stale, kept = float("inf"), 0, {}
     for epoch in range(config.epochs):
         rng = np.random.default_rng([seed, 8, epoch])
         model.train()
-        total = known = 0.0
+        total = known = own = 0.0
         with tqdm(
             desc=f"{name} seed {seed} epoch {epoch}", unit="row", mininterval=2, leave=False, disable=shard.rank > 0
         ) as progress:
-            for whole in stream_examples(path, (TRAIN,), table, config.batch, shuffle=rng, vectors=vectors):
-                batch = shard.of(_drop_ids(whole, rng, config.id_dropout))
-                labels = int(np.isfinite(whole.label).sum())
+            for read in stream_examples(path, (TRAIN,), table, config.batch, rng, vectors=vectors, shard=shard):
+                batch = _drop_ids(read, rng, config)
+                here = int(np.isfinite(batch.label).sum())
+                (labels,) = shard.total(here)
                 loss = _loss(model, batch)
                 optimizer.zero_grad()
                 # Gradients of several processes are averaged: so this is the mean over the whole batch.
                 (loss * (shard.ranks / max(1, labels))).backward()
                 optimizer.step()
-                total, known = total + float(loss.detach()), known + labels
-                progress.update(len(whole.label))
-        valid_loss = _mean_loss(model, stream_examples(path, (VALID,), table, 8192, vectors=vectors), shard)
+                total, known, own = total + float(loss.detach()), known + labels, own + here
+                progress.update(batch.rows)
+        # In random order every process has about as many rows of a batch.
+        order = np.random.default_rng(0)
+        valid = stream_examples(path, (VALID,), table, 8192, order, vectors=vectors, shard=shard)
+        valid_loss = _mean_loss(model, valid, shard)
         if not known or np.isnan(valid_loss):
             raise DataError(
                 f"{path}: expected labelled rows for training and validation, one of the two parts has none; "
                 "give a longer log or another split"
             )
-        history.append({"epoch": epoch, "train_loss": shard.total(total)[0] / known, "valid_loss": valid_loss})
+        train_loss = shard.total(total)[0] / known
+        history.append({"epoch": epoch, "train_loss": train_loss, "valid_loss": valid_loss, "labels": own})
         if valid_loss < best:
             best, stale = valid_loss, 0
             kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -386,10 +397,14 @@ def optimise(
     return history
 
 
-def _drop_ids(batch: Batch, rng: np.random.Generator, share: float) -> Batch:
+def _drop_ids(batch: Batch, rng: np.random.Generator, config: RankerConfig) -> Batch:
     """Dropped ids train row 0, which then stands for users and items that training never saw."""
     user, item = (
-        np.where(rng.uniform(size=len(index)) < share, 0, index) for index in (batch.user_index, batch.item_index)
+        np.where(rng.uniform(size=batch.rows)[batch.place] < share, 0, index)
+        for index, share in (
+            (batch.user_index, config.user_dropout),
+            (batch.item_index, config.item_dropout),
+        )
     )
     return replace(batch, user_index=user, item_index=item)
 
@@ -408,10 +423,11 @@ def _mean_loss(model: torch.nn.Module, batches: Iterable[Batch], shard: Shard) -
     """NaN without any labels."""
     model.eval()
     total = known = 0.0
-    for whole in batches:
-        total += float(_loss(model, shard.of(whole)))
-        known += float(np.isfinite(whole.label).sum())
-    return shard.total(total)[0] / known if known else float("nan")
+    for batch in batches:
+        total += float(_loss(model, batch))
+        known += float(np.isfinite(batch.label).sum())
+    total, known = shard.total(total, known)
+    return total / known if known else float("nan")
 
 
 @torch.no_grad()

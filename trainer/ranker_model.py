@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
@@ -24,6 +25,7 @@ from torchrec.modules.mlp import MLP
 
 from sightline.errors import ConfigError
 
+Tokens = tuple[np.ndarray, np.ndarray]  # base int64 [rows], amount FP32 [rows]: `TokenSpec.base`, `.amount`
 MODELS = ("dlrm", "dcnv2", "deepfm", "din")
 TABLE_STD = 0.3
 CROSS_LAYERS = 2
@@ -116,22 +118,24 @@ class Ranker(nn.Module):
     The batch is a dict of tensors: user_index, item_index int64 [B]; context int64 [B, C]; item_tokens int64 [B, L];
     profile_tokens, profile_negative_tokens int64 [B, K] with profile_weights, profile_negative_weights FP32 [B, K];
     item_vector FP32 [B, V]; dense FP32 [B, n]. Token id 0 is padding. Groups that are off are not read.
+
+    `tokens` says of which row each token id is an amount, and how much; without it, of itself and 1.
     """
 
-    def __init__(self, shape: RankerShape) -> None:
+    def __init__(self, shape: RankerShape, tokens: Tokens | None = None) -> None:
         super().__init__()
         self.shape = shape
         tables = [(name, rows, [name]) for name, rows in shape.id_features.items()]
         if shape.token_features and not shape.sequential:
             tables.append(("tokens", shape.token_rows, shape.token_features))
-        # Ids weigh 1, an item's n tokens 1/√n each, profile tokens their share.
+        # Ids weigh 1, an item's n tokens 1/√n each, profile tokens the user's affinity.
         self.bags = _collection(tables, shape.dim, weighted=True) if tables else None
         # Every id of a sequence is a bag of its own: TorchRec fuses bags on a CPU, and no EmbeddingCollection.
         sequence = [("tokens", shape.token_rows, ["tokens"])]
         self.sequences = _collection(sequence, shape.dim, weighted=False) if shape.sequential else None
         for table in self.tables().values():
             nn.init.normal_(table, std=shape.table_std)
-        self.features = FeatureArch(shape)
+        self.features = FeatureArch(shape, tokens)
         self.score = ScoreArch(shape)
 
     def tables(self) -> dict[str, nn.Parameter]:
@@ -185,20 +189,19 @@ def _collection(tables: list[tuple[str, int, list[str]]], dim: int, *, weighted:
     )
 
 
-def new_ranker(shape: RankerShape, seed: int) -> Ranker:
+def new_ranker(shape: RankerShape, seed: int, tokens: Tokens | None = None) -> Ranker:
     """A ranker with fresh weights."""
     torch.manual_seed(seed)
-    return Ranker(shape)
+    return Ranker(shape, tokens)
 
 
-def item_weights(tokens: Tensor) -> Tensor:
-    """int64 [B, L] → FP32 [B, L]: 1/√n for the n tokens that are there, 0 for padding.
+def item_weights(amounts: Tensor) -> Tensor:
+    """Amounts of an item's tokens FP32 [B, L], 0 for padding → their weights: amounts over the root of their sum.
 
-    √n keeps the pooled vector's size apart from the caption's length; with a mean its products with user
-    vectors start so small that training sat on a plateau for epochs (docs/log.md).
+    Of n whole tokens each weighs 1/√n. The root keeps the pooled vector's size apart from the caption's length; with a
+    mean its products with user vectors start so small that training sat on a plateau for epochs (docs/log.md).
     """
-    there = (tokens > 0).float()
-    return there / there.sum(1, keepdim=True).clamp(min=1).sqrt()
+    return amounts / amounts.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
@@ -209,9 +212,14 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 class FeatureArch(nn.Module):
     """What lies between tables and FEATURES: weights of tokens, attention, the content vector's projection."""
 
-    def __init__(self, shape: RankerShape) -> None:
+    def __init__(self, shape: RankerShape, tokens: Tokens | None = None) -> None:
         super().__init__()
         self.shape = shape
+        if shape.token_features:
+            rows = np.arange(shape.token_rows)
+            base, amount = tokens or (rows, np.minimum(rows, 1).astype(np.float32))
+            self.register_buffer("token_base", torch.as_tensor(base))
+            self.register_buffer("token_amount", torch.as_tensor(amount))
         # OmniSearchSage (arXiv 2404.16260), section 3: e = Σ_x w_x · E[x]; 1 at first, the plain sum.
         self.token_weight = nn.Parameter(torch.ones(shape.token_rows)) if shape.token_weights else None
         self.attention = nn.ModuleDict({name: Attention(shape.dim) for name in shape.attention})
@@ -227,10 +235,10 @@ class FeatureArch(nn.Module):
         for name in self.shape.token_features:
             _, ids, weights = TOKEN_FEATURES[name]
             tokens = batch[ids]
-            weight = item_weights(tokens) if weights is None else batch[weights] * (tokens > 0)
+            weight = item_weights(self.token_amount[tokens]) if weights is None else batch[weights] * (tokens > 0)
             if name == "item_tokens" and self.token_weight is not None:
                 weight = weight * self.token_weight[tokens]
-            found[name] = tokens, weight
+            found[name] = self.token_base[tokens], weight
         return found
 
     def forward(
@@ -260,7 +268,7 @@ class Attention(nn.Module):
 
     A small MLP compares each profile token with the item; the profile's own weights are the prior:
     w'_k ∝ w_k · exp(MLP(e_k, q, e_k · q)). It starts as the plain weighted profile. The paper's fourth input, e_k − q,
-    is a linear layer's of the first two. Other than in the paper the weights sum to 1, as those of the profile do.
+    is a linear layer's of the first two. Other than in the paper the weights keep their sum.
     """
 
     def __init__(self, dim: int) -> None:
@@ -276,7 +284,8 @@ class Attention(nn.Module):
         score = self.out(torch.relu(pairs + self.item(query)[:, None]))[..., 0]
         score = score.masked_fill(weights == 0, -1e4)
         attended = weights * (score - score.amax(1, keepdim=True)).exp()
-        return weighted_sum(attended / attended.sum(1, keepdim=True).clamp(min=1e-6), keys)
+        scale = weights.sum(1, keepdim=True) / attended.sum(1, keepdim=True).clamp(min=1e-6)
+        return weighted_sum(attended * scale, keys)
 
 
 class ScoreArch(nn.Module):

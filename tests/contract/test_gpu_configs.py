@@ -29,7 +29,7 @@ def models(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     gpu, gpus = parse_gpus("2xa10")
     options = EngineOptions(gpu=gpu, gpus=gpus, batch=8, images=4, vision_batch=16)
     with pytest.MonkeyPatch.context() as patch:
-        install(folder, patch)
+        install(folder, patch, "2xa10")
         plan = engine_plan(
             parts / "captioner", parts / "ranker", folder / "build", ExportOptions(), options,
             examples=str(folder / "examples"),

@@ -20,6 +20,7 @@ BYTES, INT32, INT64, FP32, BOOL, UINT64 = (
     "TYPE_STRING", "TYPE_INT32", "TYPE_INT64", "TYPE_FP32", "TYPE_BOOL", "TYPE_UINT64",
 )  # fmt: skip
 CAPTIONS = {name: (BYTES, [1]) for name in ("CAPTION", "CAPTION_SOURCE", "CAPTION_ERROR")}
+ANNOTATED = CAPTIONS | {"ANNOTATION": (BYTES, [1])}
 PROFILE = {
     "PROFILE_TOKENS": (INT64, [-1]),
     "PROFILE_WEIGHTS": (FP32, [-1]),
@@ -29,9 +30,10 @@ PROFILE = {
 INDICES = {"USER_INDEX": (INT64, [1]), "ITEM_INDEX": (INT64, [1])}
 IDS = {"USER_ID": (INT64, [1]), "ITEM_ID": (INT64, [1])}
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "caption": ("python", {"MEDIA": (BYTES, [1])}, CAPTIONS),
+    "caption": ("python", {"MEDIA": (BYTES, [1])}, ANNOTATED),
     "vision_encoder": (
-        "onnxruntime", {"pixel_values": (FP32, [3, -1, -1])}, {"image_features": (FP32, [-1, -1])},
+        "onnxruntime", {"pixel_values": (FP32, [3, -1, -1])},
+        {"image_features": (FP32, [-1, -1]), "pooled_features": (FP32, [-1])},
     ),
     "tensorrt_llm": (
         "tensorrtllm",
@@ -54,7 +56,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"FEATURES": (FP32, [-1, -1])},
     ),
     "score": ("onnxruntime", {"FEATURES": (FP32, [-1, -1]), "DENSE": (FP32, [-1])}, {"SCORE": (FP32, [1])}),
-    "caption_llmapi": ("python", {"MEDIA": (BYTES, [1])}, CAPTIONS),
+    "caption_llmapi": ("python", {"MEDIA": (BYTES, [1])}, ANNOTATED),
     "rank_media": (
         "", {"MEDIA": (BYTES, [1]), "CONTEXT": (INT64, [-1])} | IDS, {"SCORE": (FP32, [1])} | CAPTIONS,
     ),
@@ -135,6 +137,8 @@ def test_ensemble_edges(configs: dict[str, ModelConfig]) -> None:
     assert {name: known[name] for name in tensors(ensemble.output)} == tensors(ensemble.output)
     order = [step.model_name for step in ensemble.ensemble_scheduling.step]
     assert [name for name in order if name != "lookup"] == ["caption", "tokenize", "embed", "score"]
+    (tokenize,) = (step for step in ensemble.ensemble_scheduling.step if step.model_name == "tokenize")
+    assert tokenize.input_map["CAPTION"] == "ANNOTATION", "tokens are made of all that is known, not of the caption"
 
 
 def test_caption_calls_fit(configs: dict[str, ModelConfig]) -> None:
@@ -154,6 +158,7 @@ def test_a_release_leaves_no_size_open(releases_dir: Path) -> None:
     }
     assert not [key for key, dims in sizes.items() if -1 in dims]
     assert sizes["vision_encoder", "image_features"] == [16, 48]
+    assert sizes["vision_encoder", "pooled_features"] == [32]
     assert list(configs["tensorrt_llm"].input[14].dims) == [-1, 48]
 
 

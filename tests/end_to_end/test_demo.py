@@ -14,6 +14,7 @@ import torch
 
 from serving.triton import TritonServer
 from sightline import release
+from sightline.annotation import plain
 from sightline.schema import MediaReader, read_items
 from sightline.tokens import TokenSpec
 from trainer.captioning import caption_items
@@ -93,7 +94,7 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
         ]
         stranger = client.rank(10**9, media[:1])[0]
     for one in together:
-        assert one.caption == captions[chosen[one.index]] == alone[one.index].caption
+        assert one.caption == plain(captions[chosen[one.index]]) == alone[one.index].caption
         assert one.score == pytest.approx(eager[one.index], abs=1e-4)
         assert one.score == pytest.approx(alone[one.index].score, abs=1e-4)
     assert 0 <= stranger.score <= 1

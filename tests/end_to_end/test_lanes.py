@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import tritonclient.grpc as triton
 from sightline_client import RankClient
 
+from benchmarks.inputs import infer
 from build.assemble import build_release
 from build.engine import EngineOptions
 from build.hardware import parse_gpus
@@ -23,13 +24,7 @@ from sightline.media import MediaSpec, load
 from sightline.prompt import CaptionPrompt, captioner_version
 from tests.factories import llava_layout, tiny_captioner, tiny_ranker
 from tests.fake_trtllm import install
-from tests.media_files import clip, encoded
-
-
-def pictures(count: int) -> list[bytes]:
-    """Six random patches of colour each."""
-    patches = np.random.default_rng(3).integers(0, 256, (count, 2, 3, 3), dtype=np.uint8)
-    return [encoded(Image.fromarray(one).resize((60, 40), Image.Resampling.NEAREST), "PNG") for one in patches]
+from tests.media_files import clip, patchwork
 
 
 def test_an_engine_release_is_served_by_the_stand_ins(
@@ -43,7 +38,7 @@ def test_an_engine_release_is_served_by_the_stand_ins(
         EngineOptions(gpu=gpu, gpus=gpus, batch=8, images=4), examples=str(tmp_path / "examples"),
     )  # fmt: skip
     name = build_release(parts / "captioner", parts / "ranker", tmp_path / "releases", plan=plan)
-    media = [*pictures(7), clip(tmp_path / "v.mp4", [10, 80, 160, 240])]
+    media = [*patchwork(7), clip(tmp_path / "v.mp4", [10, 80, 160, 240])]
     with TritonServer(tmp_path / "releases" / name, log_path=tmp_path / "log") as other:
         with RankClient(other.url, timeout=60) as client:
             engine = client.rank(7, media)
@@ -83,7 +78,7 @@ def test_the_published_llava_layout_is_served_token_for_token(tmp_path: Path) ->
     ranker = tiny_ranker(tmp_path / "ranker", captioner_version=captioner_version(folder))
     name = build_release(folder, ranker, tmp_path / "releases")
     spec, prompt = MediaSpec.from_pretrained(folder), CaptionPrompt.from_pretrained(folder)
-    media = pictures(5)
+    media = patchwork(5)
     media += [clip(tmp_path / f"{n}.mp4", [n, 60 + n, 120 + n, 240 - n]) for n in (0, 40, 80)]
     expected = []
     for data in media:
@@ -103,5 +98,8 @@ def test_the_published_llava_layout_is_served_token_for_token(tmp_path: Path) ->
     ):
         together = {one.index: one.caption for one in client.rank(7, media)}
         alone = [client.rank(7, [data])[0].caption for data in media]
+        with triton.InferenceServerClient(running.url) as raw:
+            answer = infer(raw, "caption", {"MEDIA": np.array([media[0]], dtype=object)})
     assert [together[index] for index in range(len(media))] == expected
     assert alone == expected
+    assert answer["ANNOTATION"] == answer["CAPTION"] == expected[0].encode(), "the folder has no words.npz"

@@ -22,10 +22,12 @@ from tritonclient.utils import InferenceServerException
 
 from serving.triton import TritonServer
 from sightline import release
+from sightline.annotation import Annotated
 from sightline.errors import ReleaseError, ServingError
 from sightline.media import MediaSpec, load
 from sightline.prompt import CaptionPrompt
 from sightline.tokens import TokenSpec
+from sightline.words import WordHead
 from tests.media_files import clip, encoded, picture
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +113,8 @@ def test_every_stage_alone_gives_what_the_ensemble_gives(
     folder = models / "caption" / "1"
     prompt = CaptionPrompt.from_pretrained(folder)
     pixels = load(media[0], MediaSpec.from_pretrained(folder))
-    features = infer(client, "vision_encoder", pixel_values=pixels)["image_features"]
+    seen = infer(client, "vision_encoder", pixel_values=pixels)
+    features = seen["image_features"]
     table = features.reshape(1, -1, features.shape[-1])
     ids = prompt.ids(table.shape[1])
     decoded = infer(
@@ -121,11 +124,15 @@ def test_every_stage_alone_gives_what_the_ensemble_gives(
             ("end_id", prompt.end_id), ("pad_id", prompt.pad_id), ("prompt_vocab_size", table.shape[1]))},
     )  # fmt: skip
     caption = prompt.text(decoded["output_ids"][0, 0, : decoded["sequence_length"].item()])
-    assert caption == infer(client, "caption", MEDIA=column(media[:1]))["CAPTION"].item().decode()
+    words = WordHead.from_pretrained(folder)
+    assert words is not None
+    text = Annotated(caption, confidences=words([seen["pooled_features"]])[0]).to_text()
+    answer = infer(client, "caption", MEDIA=column(media[:1]))
+    assert (answer["CAPTION"].item().decode(), answer["ANNOTATION"].item().decode()) == (caption, text)
 
-    tokens = infer(client, "tokenize", CAPTION=column([caption.encode()]))["ITEM_TOKENS"]
+    tokens = infer(client, "tokenize", CAPTION=column([text.encode()]))["ITEM_TOKENS"]
     spec = TokenSpec.load(models / "tokenize" / "1" / "token_spec.json")
-    np.testing.assert_array_equal(tokens, spec.encode_batch([caption]))
+    np.testing.assert_array_equal(tokens, spec.encode_batch([text]))
 
     row = infer(client, "lookup", USER_ID=column([42]), ITEM_ID=column([0]))
     dense = row.pop("DENSE")
@@ -173,22 +180,41 @@ def test_stand_ins_say_so_in_the_log(server: TritonServer) -> None:
     assert "tensorrt_llm: served by the python stand-in for the tensorrtllm backend" in log
 
 
-def test_a_model_that_breaks_the_rules_does_not_load(releases_dir: Path, tmp_path: Path) -> None:
-    """A release whose files are as published, but whose configuration is not the graph's."""
-    folder = tmp_path / "release"
-    shutil.copytree(release.current(releases_dir), folder)
-    config = folder / "model_repository" / "score" / "config.pbtxt"
-    config.write_text(config.read_text().replace("TYPE_FP32", "TYPE_FP64", 1))
+def changed_release(source: Path, folder: Path, file: str, text: str, other: str) -> Path:
+    """Copy a release with one file of its models changed; its files are as published."""
+    shutil.copytree(source, folder)
+    path = folder / "model_repository" / file
+    assert text in path.read_text()
+    path.write_text(path.read_text().replace(text, other, 1))
     manifest = release.read_manifest(folder)
     changed: dict[str, Any] = {"release": release.release_id("cpu", folder, manifest.release)}
     ensemble = folder / release.ID_BEARER
     ensemble.write_text(ensemble.read_text().replace(manifest.release, changed["release"]))
     changed["files"] = release.hash_files(folder)
     (folder / release.MANIFEST).write_text(manifest.model_copy(update=changed).model_dump_json())
+    return folder
+
+
+def test_a_model_that_breaks_the_rules_does_not_load(releases_dir: Path, tmp_path: Path) -> None:
+    """A release whose configuration is not the graph's."""
+    source = release.current(releases_dir)
+    folder = changed_release(source, tmp_path / "release", "score/config.pbtxt", "TYPE_FP32", "TYPE_FP64")
     refused = r"score: .*'FEATURES': the graph has tensor\(float\), the configuration TYPE_FP64"
     with pytest.raises(ServingError, match=refused):  # noqa: SIM117 (the start is what fails)
         with TritonServer(folder, log_path=tmp_path / "log"):
             pass
+
+
+def test_a_model_that_dies_while_it_loads_ends_the_start(releases_dir: Path, tmp_path: Path) -> None:
+    """As a stub does whose C++ throws: Triton does not notice that it is gone and waits for ever."""
+    source, load = release.current(releases_dir), "self.lookup ="
+    death = 'import os; os.write(2, b"  what():  no space left in shared memory\\n"); os.abort()'
+    folder = changed_release(source, tmp_path / "release", "lookup/1/model.py", load, f"{death}; {load}")
+    server = TritonServer(folder, log_path=tmp_path / "log", timeout=120)
+    crashed = r"crashed while it loaded \(no space left in shared memory\).* start again; .*/log"
+    with pytest.raises(ServingError, match=crashed), server:
+        pass
+    assert traces(server.token) == []
 
 
 def test_serving_leaves_the_release_as_it_was(server: TritonServer, client: Any, media: list[bytes]) -> None:

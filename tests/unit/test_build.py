@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,14 +16,19 @@ from transformers import LlavaForConditionalGeneration
 from build import steps, vision_onnx
 from build.assemble import build_release
 from build.decoder import write_decoder
-from build.vision_onnx import Encoder, export_vision
+from build.engine import EngineOptions
+from build.hardware import parse_gpus
+from build.plan import ExportOptions, llmapi_plan
+from build.vision_onnx import OUTPUTS, export_vision
 from sightline import release
 from sightline.errors import ConfigError, ReleaseError
 from sightline.media import MediaSpec, load
 from sightline.prompt import CaptionPrompt, captioner_version
+from sightline.tokens import Kind
 from tests.factories import tiny_captioner, tiny_ranker
 from tests.fake_triton import load_model
 from tests.media_files import clip, picture
+from trainer.captioner_model import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +55,12 @@ def test_encoder_is_the_models_own(eager: LlavaForConditionalGeneration, layer: 
         pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = eager.get_image_features(pixels).pooler_output
-            got = Encoder(eager)(pixels)
+            got, pooled = Encoder(eager)(pixels)
+            states = eager.model.vision_tower(pixels, output_hidden_states=True)
         assert got.shape[1] == (16 if strategy == "default" else 17)
         torch.testing.assert_close(got, torch.stack(list(expected)), rtol=0, atol=1e-6)
+        read = states.last_hidden_state if layer == -1 else states.hidden_states[-2]
+        torch.testing.assert_close(pooled, read[:, 1:].max(1).values, rtol=0, atol=1e-6)
     finally:
         eager.model.multi_modal_projector = projector
         config.vision_feature_layer, config.vision_feature_select_strategy = kept
@@ -59,18 +68,20 @@ def test_encoder_is_the_models_own(eager: LlavaForConditionalGeneration, layer: 
 
 def test_exported_vision_equals_eager(captioner: Path, eager: LlavaForConditionalGeneration, tmp_path: Path) -> None:
     dims = export_vision(captioner, tmp_path / "model.onnx")
-    assert (dims.height, dims.width, dims.tokens, dims.hidden) == (32, 32, 16, 48)
+    assert (dims.height, dims.width, dims.tokens, dims.hidden, dims.pooled) == (32, 32, 16, 48, 32)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for batch in (1, 5):
         pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
         with torch.inference_mode():
-            expected = Encoder(eager)(pixels).numpy()
-        np.testing.assert_allclose(session.run(None, {"pixel_values": pixels.numpy()})[0], expected, atol=1e-4)
+            expected = Encoder(eager)(pixels)
+        got = session.run(list(OUTPUTS), {"pixel_values": pixels.numpy()})
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
 def test_an_export_that_is_off_is_refused(captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision_onnx, "TOLERANCE", 0.0)
-    with pytest.raises(ReleaseError, match=r"model\.onnx: exported image features differ"):
+    with pytest.raises(ReleaseError, match=r"model\.onnx: exported image_features differ"):
         export_vision(captioner, tmp_path / "model.onnx")
 
 
@@ -85,7 +96,7 @@ def test_served_captioning_equals_transformers(
     prompt = CaptionPrompt.from_pretrained(captioner)
     write_decoder(captioner, tmp_path / "decoder")
     with torch.inference_mode():
-        table = Encoder(eager)(pixels).reshape(-1, 48).numpy()
+        table = Encoder(eager)(pixels)[0].reshape(-1, 48).numpy()
         tokens = prompt.token_ids(len(table))
         expected = eager.generate(
             input_ids=torch.from_numpy(tokens)[None].long(), attention_mask=torch.ones(1, len(tokens)),
@@ -144,6 +155,19 @@ def test_missing_parts_say_how_to_get_them(captioner: Path, tmp_path: Path) -> N
         build_release(captioner, tmp_path / "nope", tmp_path / "releases")
 
 
+@pytest.mark.parametrize("file", ["model.pt", "items.parquet"])
+def test_a_damaged_file_ends_the_build(captioner: Path, tmp_path: Path, file: str) -> None:
+    ranker = tiny_ranker(tmp_path / "ranker")
+    (ranker / file).write_bytes(b"")
+    refused = rf"step ranker failed on {ranker}: .*; check that its files are whole\. The traceback is in (.*\.log)$"
+    with pytest.raises(ReleaseError, match=refused) as error:
+        build_release(captioner, ranker, tmp_path / "releases")
+    log = re.search(refused, str(error.value))
+    assert log is not None
+    assert "Traceback" in Path(log[1]).read_text()
+    assert not list((tmp_path / "releases").glob("*"))
+
+
 def test_a_video_that_outgrows_the_language_model_is_refused(captioner: Path, tmp_path: Path) -> None:
     folder = copied(captioner, tmp_path)
     rewrite(folder / "sightline.json", video_frames=64)
@@ -156,6 +180,51 @@ def test_frames_of_another_size_than_the_tower_takes_are_refused(captioner: Path
     rewrite(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
     with pytest.raises(ReleaseError, match=r"frames of \(64, 64\), but the vision tower takes \(32, 32\)"):
         build_release(folder, tiny_ranker(tmp_path / "ranker"), tmp_path / "releases")
+
+
+def test_a_classifier_of_another_tower_is_refused(parts: Path, tmp_path: Path) -> None:
+    folder = copied(parts / "captioner", tmp_path)
+    with np.load(folder / "words.npz") as held:
+        np.savez(folder / "words.npz", **{**held, "weight": held["weight"][:, :90]})
+    for precision in ("fp16", "fp32"):
+        with pytest.raises(ConfigError, match=r"words\.npz: made for a vision tower of width 30, this one has 32"):
+            steps.run(["vision", str(folder), str(tmp_path / "out"), "--precision", precision])
+
+
+@pytest.mark.parametrize(("families", "missing"), [
+    (("confidence", "word"), "confidence"), (("semantic", "word", "sample"), "sample, semantic"),
+])  # fmt: skip
+def test_a_ranker_that_reads_what_is_not_served_is_refused(
+    captioner: Path, tmp_path: Path, families: tuple[Kind, ...], missing: str
+) -> None:
+    """By a captioner without words.npz; nothing else stands between confidences and a release (`parts` is one)."""
+    ranker = tiny_ranker(tmp_path / "ranker", families=families)
+    with pytest.raises(ReleaseError, match=f"its families {missing} read what this release would not answer"):
+        build_release(captioner, ranker, tmp_path / "releases")
+    assert not list((tmp_path / "releases").glob("*"))
+
+
+def test_the_llm_api_answers_no_confidences(parts: Path, tmp_path: Path) -> None:
+    folder = copied(parts / "captioner", tmp_path)
+    rewrite(folder / "config.json", model_type="llava_next", architectures=["LlavaNextForConditionalGeneration"])
+    gpu, gpus = parse_gpus("h200")
+    options = EngineOptions(gpu=gpu, gpus=gpus, batch=8, images=4)
+    plan = llmapi_plan(folder, parts / "ranker", tmp_path / "build", ExportOptions(), options)
+    with pytest.raises(ReleaseError, match="its families confidence read what this release would not answer"):
+        build_release(folder, parts / "ranker", tmp_path / "releases", plan=plan)
+
+
+def test_the_classifier_is_part_of_the_release(parts: Path, releases_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    shutil.copytree(release.current(releases_dir), folder)
+    words = folder / "model_repository" / "caption" / "1" / "words.npz"
+    assert words.read_bytes() == (parts / "captioner" / "words.npz").read_bytes()
+    with np.load(words) as held:
+        np.savez(words, **{**held, "rate": held["rate"] / 2})
+    with pytest.raises(ReleaseError, match=r"model_repository/caption/1/words\.npz: changed"):
+        release.verify(folder)
+    manifest = release.read_manifest(folder)
+    assert release.release_id("cpu", folder, manifest.release) != manifest.release
 
 
 def test_an_interrupted_build_leaves_what_was_published(

@@ -133,6 +133,8 @@ def test_images_and_videos_of_two_requests_go_in_together(model: Any, tmp_path: 
     one, two = captions(model, [picture(), video], [picture(), b"not a picture"])
     assert one.tensors["CAPTION"].reshape(-1).tolist() == [b"1 mugs", b"4 mugs"]
     assert two.tensors["CAPTION"].reshape(-1).tolist() == [b"1 mugs", b""]
+    for response in (one, two):
+        assert response.tensors["ANNOTATION"].tolist() == response.tensors["CAPTION"].tolist()
     assert two.tensors["CAPTION_SOURCE"].reshape(-1).tolist() == [b"model", b"rejected"]
     calls = LLM.made[0].calls
     assert len(calls) == 2, "the picture that both requests have is captioned once"

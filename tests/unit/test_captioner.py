@@ -10,21 +10,24 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from sightline.annotation import Annotated
 from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt, captioner_version
 from sightline.schema import MediaReader, read_items, write_dataset
+from sightline.words import WordHead
 from tests.factories import tiny_captioner
+from tests.levels import agree
 from trainer import captioner
 from trainer.captioner import CaptionerConfig, train_captioner
 from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets
 from trainer.captioner_model import EOS, train_tokenizer
 from trainer.captioning import (
-    CONFIDENCE_BINS,
     caption_baselines,
     caption_items,
     caption_quality,
@@ -99,21 +102,27 @@ def test_a_taught_tower_continues_to_the_same_loss(catalogue, tmp_path, monkeypa
 
 
 def test_items_are_described(trained, catalogue):
-    """Captions are those of `caption_items`; words that are likelier than usual have a bin; vectors differ."""
+    """Vectors and word levels are those of the features that the word classifier was trained on."""
     out, _ = trained
     items = read_items(catalogue)
     ids = items["item_id"].to_pylist()[:12]
-    found = describe_pixels(out, Pixels(MediaReader(catalogue, items), ids, MediaSpec.from_pretrained(out)))
+    pixels = Pixels(MediaReader(catalogue, items), ids, MediaSpec.from_pretrained(out))
+    found = describe_pixels(out, pixels)
     assert found.ids.tolist() == ids
-    assert dict(zip(ids, found.captions, strict=True)) == caption_items(out, catalogue, ids)
+    tower = captioner._Patches(LlavaForConditionalGeneration.from_pretrained(out).eval())
+    head = WordHead.from_pretrained(out)
+    with torch.inference_mode():
+        pooled = [tower(pixels.normalised(pixels.batch(np.array([row])))).numpy() for row in range(len(ids))]
+    np.testing.assert_allclose(found.vectors, [one.mean(0) for one in pooled], atol=1e-4)
+    assert agree(found.confidences, head(pooled))
     assert len(np.unique(found.vectors.round(4), axis=0)) == len(ids)
-    with np.load(out / "words.npz") as words:
-        known = {str(word).replace("▁", "") for word in words["words"]}
-    bins = [level for one in found.confidences for level in one.values()]
-    assert set().union(*found.confidences) <= known
-    assert bins
-    assert min(bins) >= 1
-    assert max(bins) <= len(CONFIDENCE_BINS)
+    levels = [level for one in found.confidences for level in one.values()]
+    assert len(set(levels)) > 2
+    assert 1 <= min(levels) <= max(levels) <= 9
+    annotations = caption_items(out, catalogue, ids)
+    assert list(annotations) == ids
+    for item, caption, levels in zip(ids, found.captions, found.confidences, strict=True):
+        assert Annotated.parse(annotations[item]) == Annotated(caption, confidences=levels)
 
 
 def test_pictures_are_mirrored_where_no_caption_says_left():
@@ -147,19 +156,29 @@ def test_other_checkpoint_goes_through_the_same_path(catalogue, tmp_path):
 def test_batch_of_captions_equals_single_ones(catalogue, trained):
     out = trained[0]
     ids = read_items(catalogue)["item_id"].to_pylist()[:12]
-    together = caption_items(out, catalogue, ids)
-    assert together == {i: c for one in ids for i, c in caption_items(out, catalogue, [one]).items()}
+    together = {i: Annotated.parse(text) for i, text in caption_items(out, catalogue, ids).items()}
+    single = {i: Annotated.parse(text) for one in ids for i, text in caption_items(out, catalogue, [one]).items()}
+    assert {i: note.caption for i, note in together.items()} == {i: note.caption for i, note in single.items()}
+    assert agree([note.confidences for note in together.values()], [note.confidences for note in single.values()])
 
 
 def test_captions_keep_their_captioner(trained, catalogue, tmp_path):
-    write_captions(tmp_path / "c.parquet", {3: "a, b", 1: ""}, "v1")
-    assert read_captions(tmp_path / "c.parquet") == ({3: "a, b", 1: ""}, "v1")
+    captions = {3: Annotated("a, b", confidences={"a": 3}).to_text(), 1: ""}
+    write_captions(tmp_path / "c.parquet", captions, "v1")
+    assert read_captions(tmp_path / "c.parquet") == (captions, "v1")
+    table = pq.read_table(tmp_path / "c.parquet")
+    assert table["caption"].to_pylist() == ["a, b", ""], "for people"
+    pq.write_table(table.drop_columns("annotation"), tmp_path / "older.parquet")
+    with pytest.raises(DataError, match=r"expected item_id, annotation .*found item_id, caption; remove the file"):
+        read_captions(tmp_path / "older.parquet")
     with pytest.raises(DataError, match="sightline caption"):
         read_captions(tmp_path / "none.parquet")
     items = read_items(catalogue)
     text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
     perfect = caption_quality(catalogue, text, seed=0)
     assert perfect["items"]["attribute_f1"] == perfect["combinations"]["exact_match"] == 1
+    annotated = {item: Annotated(one or "", confidences={"red": 9}).to_text() for item, one in text.items()}
+    assert caption_quality(catalogue, annotated, seed=0) == perfect
     wrong = caption_quality(catalogue, dict.fromkeys(text, "mug, red, small, single, on wood"), seed=0)
     assert wrong["items"]["attribute_f1"] < 0.6
 

@@ -161,7 +161,7 @@ def test_content_lifts_and_its_control_does_not(
     monkeypatch.setattr(harness, "describe_fold", lambda log, *args, **options: perfect(log))
     config = EvaluationConfig(
         folds=3, seeds=2, arms=("ids", "words", "semantic ids", "shuffled", "oracle"),
-        ranker=RankerConfig(epochs=6, batch=256, id_dropout=0.3),
+        ranker=RankerConfig(epochs=6, batch=256, item_dropout=0.3),
     )  # fmt: skip
     report = evaluate(liking, tmp_path, config)
     arms = {arm: cuts["all"] for arm, cuts in report["arms"].items()}

@@ -20,22 +20,13 @@ from sightline import release
 from sightline.errors import ReleaseError
 from sightline.node import BASE_IMAGE, MOUNT
 from sightline.prompt import CaptionPrompt
-from tests.factories import tiny_captioner, tiny_ranker
-from tests.fake_trtllm import install
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    tiny_captioner(folder / "captioner")
-    tiny_ranker(folder / "ranker")
-    return folder
+from tests.fake_trtllm import install, program, set_gpus, set_version
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The programs are on PATH; returns the file that lists their calls."""
-    return install(tmp_path, monkeypatch)
+    """The programs of a node with two A10 are on PATH; returns the file that lists their calls."""
+    return install(tmp_path, monkeypatch, "2xa10")
 
 
 def make_plan(parts: Path, tmp_path: Path, gpu: str = "2xa10", **change: Any) -> Plan:
@@ -67,6 +58,10 @@ def test_an_engine_release(parts: Path, tmp_path: Path, programs: Path) -> None:
         "quantization": "fp16", "dtype": "float16", "max_batch_size": 8, "max_input_len": longest,
         "max_seq_len": longest + 12, "images": 4,
     }  # fmt: skip
+    assert manifest.checks["node"] == {
+        "tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48",
+        "gpus": 2 * [{"name": "NVIDIA A10", "capability": "8.6", "mib": 23028}],
+    }  # fmt: skip
     assert (manifest.limits.batch_size, manifest.limits.video_frames) == (8, 4)
     models = folder / "model_repository"
     assert {path.name for path in (models / "tensorrt_llm" / "1" / "engine").iterdir()} == {
@@ -88,11 +83,17 @@ def test_unchanged_steps_are_skipped_and_changed_ones_are_not(parts: Path, tmp_p
     again, lines = build(parts, tmp_path, make_plan(parts, tmp_path))
     assert again == first
     assert len(programs.read_text().splitlines()) == 2
-    assert sum("unchanged" in line for line in lines) == 5
+    assert sum("unchanged" in line for line in lines) == 6
     other, lines = build(parts, tmp_path, make_plan(parts, tmp_path, batch=4))
     assert other != first
     assert len(programs.read_text().splitlines()) == 3
-    assert {line.split(":")[0] for line in lines if "unchanged" not in line and "step" in line} == {"step 5/5 engine"}
+    ran = {line.split(":")[0] for line in lines if "unchanged" not in line and "step" in line}
+    assert ran == {"step 1/6 node", "step 6/6 engine"}, "before something is compiled, the node is looked at"
+    set_gpus(tmp_path, ["NVIDIA H200, 9.0, 143771"] * 2)
+    assert build(parts, tmp_path, make_plan(parts, tmp_path))[0] == first, "nothing is left for this node to do"
+    with pytest.raises(ReleaseError, match="the engine is planned for 2 x a10"):
+        build(parts, tmp_path, make_plan(parts, tmp_path, batch=2))
+    assert make_plan(parts, tmp_path, gpu="2xa30").step("engine").key != make_plan(parts, tmp_path).step("engine").key
 
 
 def test_a_failed_step_keeps_what_was_done_and_what_is_served(
@@ -125,6 +126,7 @@ def test_a_step_whose_files_changed_runs_again(parts: Path, tmp_path: Path, prog
 
 
 def test_a_calibrated_engine(parts: Path, tmp_path: Path, programs: Path) -> None:
+    set_gpus(tmp_path, ["NVIDIA H100 80GB HBM3, 9.0, 81559"])
     folder, _ = build(parts, tmp_path, make_plan(parts, tmp_path, gpu="h100", quant="fp8", kv_dtype="fp8"))
     call = programs.read_text().splitlines()[0].split()
     assert call[0] == "quantize"
@@ -141,6 +143,41 @@ def test_an_engine_of_another_version_is_not_published(
     assert not (tmp_path / "releases" / "current").exists()
 
 
+@pytest.mark.parametrize(
+    ("versions", "gpus", "message"),
+    [
+        ({"tensorrt_llm": "1.3.0"}, None, r"planned with TensorRT-LLM 1\.2\.1, here is 1\.3\.0; build .* in nvcr\.io"),
+        ({"tensorrt": "10.13.3"}, None, r"is planned with TensorRT 10\.14\.1, here is 10\.13\.3"),
+        ({}, ["NVIDIA A30, 8.0, 24576"] * 2, r"2 x a10 \(compute capability 8\.6\), GPUs here have 8\.0, 8\.0; .*-gpu"),
+        ({}, ["NVIDIA A10, 8.6, 23028"], r"is planned for 2 x a10 .* GPUs here have 8\.6; "),
+        ({}, ["NVIDIA A10, 8.6, 23028", "NVIDIA A2, 8.6, 15356"],
+         r"2 x a10 with 22\.5 GiB, GPUs here have 22\.5 GiB \(NVIDIA A10\), 15\.0 GiB \(NVIDIA A2\)"),
+    ],
+)  # fmt: skip
+def test_another_node_than_the_planned_one_builds_nothing(
+    parts: Path, tmp_path: Path, programs: Path, versions: dict[str, str], gpus: list[str] | None, message: str
+) -> None:
+    for package, version in versions.items():
+        set_version(tmp_path, package, version)
+    if gpus is not None:
+        set_gpus(tmp_path, gpus)
+    plan = make_plan(parts, tmp_path)
+    with pytest.raises(ReleaseError, match=message):
+        build(parts, tmp_path, plan)
+    assert not programs.read_text()
+    assert not any(is_done(step) for step in plan.steps)
+
+
+def test_a_node_that_cannot_be_looked_at(parts: Path, tmp_path: Path, programs: Path) -> None:
+    plan = make_plan(parts, tmp_path)
+    program(tmp_path, "nvidia-smi", "echo Driver/library version mismatch; exit 18")
+    with pytest.raises(ReleaseError, match=r"step node failed with code 1; .*\nDriver/library version mismatch"):
+        execute(plan)
+    program(tmp_path, "python3", "echo hello")
+    with pytest.raises(ReleaseError, match="expected versions and GPUs of this node as JSON, got 'hello'"):
+        execute(plan)
+
+
 def test_outside_the_container_docker_runs_the_program(parts: Path, tmp_path: Path) -> None:
     plan = make_plan(parts, tmp_path)
     step = plan.step("engine")
@@ -149,9 +186,10 @@ def test_outside_the_container_docker_runs_the_program(parts: Path, tmp_path: Pa
         return "/usr/bin/docker" if name == "docker" else None
 
     command = container_command(step, list(step.argv), plan, only_docker)
-    assert command[:4] == ["/usr/bin/docker", "run", "--rm", "--gpus"]
+    assert command[:4] == ["/usr/bin/docker", "run", "--rm", "--init"]
     image = command.index(BASE_IMAGE)
     assert command[image + 1 :] == list(step.argv)
+    assert [command[i + 1] for i, word in enumerate(command) if word == "--env"] == ["HOME=/tmp"]
     mounts = [command[i + 1] for i, word in enumerate(command) if word == "--volume"]
     assert f"{plan.work}:{plan.work}" in mounts
     assert all(str(path).startswith(str(plan.work)) for path in step.inputs)
@@ -159,12 +197,14 @@ def test_outside_the_container_docker_runs_the_program(parts: Path, tmp_path: Pa
         container_command(step, list(step.argv), plan, lambda name: None)
 
 
+@pytest.mark.parametrize("stubborn", ["", "trap '' TERM\n"])
 def test_an_interrupted_program_is_stopped(
-    parts: Path, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+    parts: Path, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch, stubborn: str
 ) -> None:
     """Ctrl-C ends the program, too, and leaves no half step behind."""
     plan = make_plan(parts, tmp_path)
-    (tmp_path / "bin" / "trtllm-build").write_text("#!/bin/sh\necho $$ > " + str(tmp_path / "pid") + "\nsleep 60\n")
+    monkeypatch.setattr(executing, "GRACE", 0.2)
+    program(tmp_path, "trtllm-build", f"{stubborn}echo $$ > {tmp_path}/pid\nsleep 60")
     started = executing.subprocess.Popen
 
     class Interrupted(started):  # type: ignore[misc,valid-type]

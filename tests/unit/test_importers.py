@@ -81,6 +81,7 @@ def test_movielens(tmp_path: Path, user: str, movie: str) -> None:
     assert times == sorted(times)  # the files are sorted by user
     assert log["context_hour"].to_pylist() == [time.hour for time in times]
     assert log["label"].to_pylist() == [0, 1, 1, 0]
+    assert log["strength"].to_pylist() == pytest.approx([1 / 3, 1, 5 / 9, -1 / 9])  # of 3.5, 5, 4 and 2.5 stars
     reader = MediaReader(out, items)
     assert reader[1] == image()
     assert reader[5] is None
@@ -112,7 +113,7 @@ def test_movielens_positive_rating(tmp_path: Path) -> None:
             "1,9,good",
             "line 3, column 'rating': expected a value of type double, got 'good'",
         ),
-        ("ratings.csv", "1,9,4.0", "1,9,nan", "line 3, column 'rating': expected a number, got 'nan'"),
+        ("ratings.csv", "1,9,4.0", "1,9,nan", "line 3, column 'rating': expected a number from 0.5 to 5, got 'nan'"),
         (
             "ratings.csv",
             "2,5,3.5",
@@ -313,7 +314,7 @@ def test_parquet_with_our_names_and_numeric_ids(tmp_path: Path) -> None:
     when = pa.array([1706832000], pa.timestamp("s"))
     pq.write_table(pa.table({"item_id": [70, 90], "media": ["a.png", None]}), tmp_path / "items.parquet")
     pq.write_table(
-        pa.table({"user_id": [5], "item_id": [90], "timestamp": when, "label": [True]}),
+        pa.table({"user_id": [5], "item_id": [90], "timestamp": when, "label": [True], "strength": [0.25]}),
         tmp_path / "log.parquet",
     )
     out = tmp_path / "out"
@@ -329,6 +330,7 @@ def test_parquet_with_our_names_and_numeric_ids(tmp_path: Path) -> None:
     assert not (out / "users.parquet").exists()
     assert read_interactions(out)["timestamp"][0].as_py() == datetime(2024, 2, 2, tzinfo=UTC)
     assert read_interactions(out)["label"].to_pylist() == [1.0]
+    assert read_interactions(out)["strength"].to_pylist() == [0.25]
 
 
 def test_items_without_interactions(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_tokens_equal_transformers_own_generate(tmp_path: Path, dtype: torch.dty
     folder = tmp_path / "llava"
     model = llava_layout(folder, dtype)
     dims = export_vision(folder, tmp_path / "model.onnx")
-    assert (dims.tokens, dims.hidden) == (4, 48)
+    assert (dims.tokens, dims.hidden, dims.pooled) == (4, 48, 32)
     write_decoder(folder, tmp_path / "decoder")
     backend = load_model("backends/tensorrtllm/model.py")
     decoder, prompt = backend.Decoder(tmp_path / "decoder"), CaptionPrompt.from_pretrained(folder)

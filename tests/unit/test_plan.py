@@ -95,7 +95,10 @@ def test_llava_7b_on_one_h200(tmp_path: Path) -> None:
     assert engine["--use_fused_mlp"] == "enable"
     convert = flags(made.step("convert"), "convert_checkpoint")
     assert (convert["--dtype"], convert["--tp_size"]) == ("float16", "1")
-    assert [step.where for step in made.steps] == ["here", "here", "container", "container"]
+    assert [(step.name, step.where, dict(step.env)) for step in made.steps] == [
+        ("node", "container", {"HOME": "/tmp"}), ("vision", "here", {}), ("decoder", "here", {}),
+        ("convert", "container", {"HOME": "/tmp"}), ("engine", "container", {"HOME": "/tmp"}),
+    ]  # fmt: skip
 
 
 def test_tensor_parallelism_divides_what_it_can(tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_a_dry_run_needs_no_converted_weights(tmp_path: Path) -> None:
 
 
 def test_a_change_reaches_every_step_that_depends_on_it(tmp_path: Path, captioner: Path) -> None:
-    def keys(**change: Any) -> dict[str, str | None]:
+    def keys(**change: Any) -> dict[str, str]:
         return {step.name: step.key for step in plan(tmp_path, captioner, images=4, **change).steps}
 
     base = keys()
@@ -164,11 +167,14 @@ def test_a_change_reaches_every_step_that_depends_on_it(tmp_path: Path, captione
     assert {name for name in base if base[name] != batch[name]} == {"engine"}
     quant = keys(quant="int8")
     assert {name for name in base if base[name] != quant[name]} == {"convert", "engine"}
+    gpu = keys(gpu="b200")
+    assert {name for name in base if base[name] != gpu[name]} == {"node", "engine"}, "one engine per kind of GPU"
     config = captioner / "generation_config.json"
     before = config.read_text()
     try:
         config.write_text(before + "\n")
-        assert not set(base.values()) & set(keys().values())
+        changed = keys()
+        assert {name for name in base if base[name] != changed[name]} == set(base) - {"node"}
     finally:
         config.write_text(before)
     assert keys() == base
@@ -303,7 +309,7 @@ def test_the_verb_prints_tables_and_json(tmp_path: Path, captioner: Path) -> Non
     result = CliRunner().invoke(app, argv)
     assert result.exit_code == 0, result.output
     document = json.loads(result.output.splitlines()[-1])
-    assert [step["name"] for step in document["steps"]] == ["vision", "decoder", "ranker", "convert", "engine"]
+    assert [step["name"] for step in document["steps"]] == ["node", "vision", "decoder", "ranker", "convert", "engine"]
     assert document["budget"]["total"] < document["budget"]["memory"] == 23028 * 2**20
     assert document["target"]["gpus"] == 2
     assert "Memory of the fullest GPU" in result.output

@@ -60,8 +60,24 @@ def test_vision_in_fp16_is_measured_on_held_out_frames(tmp_path: Path) -> None:
     run(["vision", str(captioner), str(tmp_path / "frames"), "--precision", "fp16"])
     check = json.loads((tmp_path / "frames" / "vision.json").read_text())["check"]
     assert (check["inputs"], check["rows"]) == ("held-out frames", 5)
-    assert 0 < check["relative_rms"] <= VISION_TOLERANCE
+    assert set(check["relative_rms"]) == {"image_features", "pooled_features"}
+    assert all(0 < error <= VISION_TOLERANCE for error in check["relative_rms"].values())
+    assert "levels_changed" not in check  # the folder has no words.npz
     assert "CPU" in check["how"]  # a figure of this machine does not pass for TensorRT's
+
+
+def test_word_levels_that_change_in_fp16_are_counted(tmp_path: Path) -> None:
+    """Of some hundred levels the few that lie near a step."""
+    captioner, words = tiny_captioner(tmp_path / "captioner"), 60
+    weight = np.random.default_rng(0).normal(0, 0.1, (words, 32)).astype(np.float32)
+    np.savez(
+        captioner / "words.npz", words=np.array([f"w{n}" for n in range(words)]), frames=1,
+        weight=weight - weight.mean(1, keepdims=True), rate=np.full(words, 0.2, np.float32),
+        bias=np.zeros(words, np.float32),
+    )  # fmt: skip
+    run(["vision", str(captioner), str(tmp_path / "out"), "--precision", "fp16"])
+    check = json.loads((tmp_path / "out" / "vision.json").read_text())["check"]
+    assert 0 < check["levels_changed"] < 0.1
 
 
 def test_vision_that_needs_more_than_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from datetime import UTC, datetime, timedelta
 
@@ -21,8 +22,8 @@ from sightline.schema import INTERACTIONS, ITEMS, read_items, write_dataset
 from sightline.tokens import TokenSpec
 from tests.factories import tiny_ranker
 from trainer import metrics
-from trainer.examples import Batch, Columns, Vocabulary, stream_examples, write_examples
-from trainer.ranker import RankerConfig, Shard, bayes_auc, fit, optimizer, predict, tensors, train_ranker
+from trainer.examples import Columns, Vocabulary, stream_examples, write_examples
+from trainer.ranker import RankerConfig, bayes_auc, fit, optimizer, predict, tensors, train_ranker
 from trainer.ranker_model import (
     MODELS,
     Attention,
@@ -65,7 +66,7 @@ def _profiles_of(folder, events, **config):
     log = _log(folder, events)
     split = Split(valid_from=int(2e18), test_from=int(3e18))
     tokens = {item: np.array([10 + item, 0], dtype=np.int64) for item in range(1, 10)}
-    profiles = UserProfiles(ProfileConfig(**{"length": 4, "half_life": 1e9} | config), range(1, 100))
+    profiles = UserProfiles(ProfileConfig(**{"length": 4, "half_life": 1e9} | config), np.arange(100), np.ones(100))
     write_examples(folder, folder / "e.parquet", Columns.of(log, split), split, tokens, profiles)
     return pq.read_table(folder / "e.parquet"), profiles
 
@@ -76,7 +77,7 @@ def test_profiles_never_see_the_present_or_the_future(tmp_path):
     likes, dislikes = (
         [set(row) - {0} for row in table[name].to_pylist()] for name in ("profile_tokens", "profile_negative_tokens")
     )
-    # The two events of second 5 do not see each other; a dislike never enters the likes; users are apart.
+    # The two events of second 5 do not see each other; items are liked or disliked; users are apart.
     assert likes == [set(), {11}, {11}, {11, 12}, set(), {11, 12}, {11, 12, 15}]
     assert dislikes == [set(), set(), set(), {13}, set(), {13, 14}, {13, 14}]
     # The last events are there for serving.
@@ -108,7 +109,7 @@ def test_planted_leaks_change_nothing(tmp_path, leak):
         columns = [name for name in table.column_names if name.startswith("profile")] + ["dense"]
         found.append(table.select(columns).to_pylist()[row])
     assert found[0] == found[1]
-    assert sum(found[0]["profile_weights"]) == sum(found[0]["profile_negative_weights"]) == 1  # it has a history
+    assert sum(found[0]["profile_weights"]) > 0 < sum(found[0]["profile_negative_weights"])  # it has a history
 
 
 def test_an_earlier_event_does_change_the_profile(tmp_path):
@@ -118,6 +119,25 @@ def test_an_earlier_event_does_change_the_profile(tmp_path):
         for item in (5, 6)
     ]
     assert changed[0] != changed[1]
+
+
+def test_the_strength_of_a_logged_event_counts(tmp_path):
+    """Where the log has it, a profile is made of it and not of the label; the labels stay what they were."""
+    log = _log(tmp_path, events := [(1, 1, 0, 1), (1, 2, 5, 0), (1, 3, 9, 1)])
+    at = log.schema.get_field_index("context_hour")
+    logged = log.add_column(at, "strength", pa.array([-0.5, 1.0, 0.0], pa.float32()))
+    write_dataset(tmp_path, read_items(tmp_path), logged, {"name": "x"})
+    split = Split(valid_from=int(2e18), test_from=int(3e18))
+    columns = Columns.of(logged, split)
+    assert columns.mean_strength == pytest.approx(0.5 / 3)
+    assert Columns.of(log, split).mean_strength == pytest.approx(1 / 3)
+    tokens = {item: np.array([10 + item], dtype=np.int64) for item in range(1, 10)}
+    profiles = UserProfiles(ProfileConfig(length=4, prior_strength=0.0), np.arange(100), np.ones(100, np.float32))
+    write_examples(tmp_path, tmp_path / "e.parquet", columns, split, tokens, profiles)
+    table = pq.read_table(tmp_path / "e.parquet")
+    assert set(table["profile_tokens"][2].as_py()) == {12, 0}
+    assert set(table["profile_negative_tokens"][2].as_py()) == {11, 0}
+    assert table["label"].to_pylist() == [label for *_, label in events]
 
 
 def test_a_log_without_context_is_refused(tmp_path):
@@ -132,7 +152,7 @@ def test_rows_out_of_time_order_are_refused(tmp_path):
     with pytest.raises(DataError, match="time order"):
         write_examples(
             tmp_path, tmp_path / "e.parquet", Columns.of(log, split), split, {},
-            UserProfiles(ProfileConfig(), range(1, 2)),
+            UserProfiles(ProfileConfig(), np.arange(2), np.ones(2)),
         )  # fmt: skip
 
 
@@ -312,7 +332,7 @@ SMALL = {"users": 1, "items": 1, "context": {"hour": 1}, "token_rows": 6, "dense
 def test_every_model_learns_what_is_there(tmp_path, options):
     """Only products of item and profiles tell clicks apart; the same seed gives the same ranker, bit for bit."""
     path, tokens, vectors, logit = _learnable(tmp_path)
-    config = RankerConfig(epochs=8, batch=256, lr=1e-2, id_dropout=0.0, patience=8)
+    config = RankerConfig(epochs=8, batch=256, lr=1e-2, item_dropout=0.0, user_dropout=0.0, patience=8)
     shape = RankerShape(**SMALL, **options)
     vectors = vectors if shape.item_vector else None
     scores = []
@@ -327,7 +347,7 @@ def test_every_model_learns_what_is_there(tmp_path, options):
 
 def test_tasks_learn_from_the_labels_that_are_known(tmp_path):
     path, tokens, _, logit = _learnable(tmp_path, tasks=2)
-    config = RankerConfig(epochs=6, batch=256, lr=1e-2, id_dropout=0.0)
+    config = RankerConfig(epochs=6, batch=256, lr=1e-2, item_dropout=0.0, user_dropout=0.0)
     shape = RankerShape(**SMALL, tasks=2)
     model, history = fit(shape, path, tokens, config, 0, "test")
     scores = predict(model, shape, stream_examples(path, (TEST,), tokens, 512))
@@ -386,17 +406,55 @@ def test_without_validation_rows_training_says_so(tmp_path):
         fit(RankerShape(**SMALL), path, tokens, RankerConfig(epochs=1), 0, "test")
 
 
-def test_shards_hold_every_row_once_and_are_equally_long():
-    rows = 7
-    batch = Batch(
-        **{name: np.arange(rows, dtype=np.float32)[:, None] for name in Batch.__dataclass_fields__ if name != "label"},
-        label=np.arange(rows, dtype=np.float32),
-    )
-    shards = [Shard(rank=rank, ranks=3).of(batch) for rank in range(3)]
-    assert [len(shard.label) for shard in shards] == [3, 3, 3]
-    labels = np.concatenate([shard.label for shard in shards])
-    assert sorted(labels[np.isfinite(labels)].tolist()) == list(range(rows))
-    assert np.array_equal(batch.label, np.arange(rows))  # the whole batch is left as it was
+class CountedFile(io.FileIO):
+    """Knows how many bytes were read of it."""
+
+    count = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 40])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_processes_read_their_own_rows_and_together_make_the_batches_of_one(tmp_path, monkeypatch, ranks, mixed):
+    path, tokens, _, _ = _learnable(tmp_path)
+    table = pq.read_table(path)
+    number = np.arange(1, len(table) + 1)
+    noise = pa.array(np.random.default_rng(0).normal(size=len(table) * 32))
+    table = table.set_column(0, "user_id", pa.array(number))
+    table = table.set_column(table.num_columns - 1, "dense", pa.FixedSizeListArray.from_arrays(noise, 32))
+    pq.write_table(table, path, row_group_size=700)  # of 12 000 rows; the first half is for training
+    parquet, read = pq.ParquetFile, []
+
+    def stream(shard):
+        shuffle = np.random.default_rng(1) if mixed else None
+        with CountedFile(path) as file, monkeypatch.context() as patch:
+            read.append(file)
+            patch.setattr(pq, "ParquetFile", lambda path: parquet(file))
+            return list(stream_examples(path, (TRAIN,), tokens, 256, shuffle, buffer_rows=3000, shard=shard))
+
+    one = stream((0, 1))
+    several = [stream((rank, ranks)) for rank in range(ranks)]
+    assert sorted(np.concatenate([batch.user_id for batch in one]).tolist()) == list(range(1, 6001))
+    for whole, *shards in zip(one, *several, strict=True):
+        found = np.zeros(len(whole.label), np.int64)
+        assert len({len(part.label) for part in shards}) == 1
+        for part in shards:
+            own = np.isfinite(part.label)
+            found[part.place[own]] += part.user_id[own]
+            np.testing.assert_array_equal(part.item_tokens[own], whole.item_tokens[part.place[own]])
+            assert part.rows == len(whole.label)
+            assert not any(getattr(part, name)[~own].any() for name in ("user_id", "item_tokens", "dense", "place"))
+        np.testing.assert_array_equal(found, whole.user_id)
+    whole, *shares = [file.count for file in read]
+    assert whole < 0.65 * path.stat().st_size  # no row group that has nothing for training
+    if ranks == 2:
+        assert max(shares) < 0.65 * whole
+        if mixed:  # most rows that a process computes are its own
+            assert sum(len(batch.label) for batch in several[0]) < 0.6 * 6000
 
 
 def test_vectors_of_unknown_items_are_zeros(tmp_path):
@@ -414,7 +472,9 @@ def test_export_refuses_a_graph_that_differs(trained, tmp_path, monkeypatch):
 
 
 def test_padding_weighs_nothing():
-    assert item_weights(torch.tensor([[4, 5, 6, 7, 0], [0] * 5])).tolist() == [[0.5] * 4 + [0], [0] * 5]
+    amounts = torch.tensor([[1.0, 1, 1, 1, 0], [0.0] * 5, [1 / 4, 0, 0, 0, 0], [3, 1, 0, 0, 0]])
+    wanted = [[0.5] * 4 + [0], [0] * 5, [0.25, 0, 0, 0, 0], [1.5, 0.5, 0, 0, 0]]
+    assert item_weights(amounts).tolist() == wanted
 
 
 def test_arms_have_their_features():
@@ -477,7 +537,11 @@ def test_caption_metrics_by_hand():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"arms": ("vision",)}, {"arms": ()}, {"seeds": 0}, {"id_dropout": 1.0}, {"model": "x"}]
+    "bad",
+    [
+        {"arms": ("vision",)}, {"arms": ()}, {"seeds": 0}, {"item_dropout": 1.0}, {"user_dropout": -0.1},
+        {"model": "x"},
+    ],
 )
 def test_bad_configuration(bad):
     with pytest.raises(ConfigError, match="expected"):

@@ -29,7 +29,7 @@ from sightline.schema import (
 
 WHEN = datetime(2024, 5, 1, tzinfo=UTC)
 FUTURE = datetime(2999, 1, 1, tzinfo=UTC)
-CONTEXT = INTERACTIONS.append(pa.field("context_position", pa.int32()))
+CONTEXT = INTERACTIONS.append(pa.field("strength", pa.float32())).append(pa.field("context_position", pa.int32()))
 
 
 def items(**columns: list[Any]) -> pa.Table:
@@ -51,6 +51,7 @@ def interactions(**columns: list[Any]) -> pa.Table:
         "item_id": [1, 2, 3, 1],
         "timestamp": [WHEN + timedelta(days=day) for day in range(4)],
         "label": [0.0, 1.0, 0.0, 1.0],
+        "strength": [-1.0, 0.5, 0.0, 1.0],
         "context_position": [0, 1, 2, 0],
     }
     return pa.table(values | columns, CONTEXT)
@@ -185,6 +186,8 @@ BROKEN_INTERACTIONS: list[tuple[dict[str, list[Any]], str]] = [
     ),
     ({"label": [0.0, 1.0, float("nan"), 1.0]}, "column 'label', row 2: expected 0 or 1, got nan"),
     ({"label": [0.0, 1.0, 0.5, 1.0]}, "column 'label', row 2: expected 0 or 1, got 0.5"),
+    ({"strength": [0.0, -1.0, 1.5, 1.0]}, "column 'strength', row 2: expected a number from -1 to 1, got 1.5"),
+    ({"strength": [0.0, float("nan"), 0.0, 1.0]}, "column 'strength', row 1: expected a number from -1 to 1, got nan"),
     (
         {"context_position": [0, 1, -2, 0]},
         "column 'context_position', row 2: expected an index of at least 0, got -2",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from catalogue.attributes import Attributes, caption_slots
 from catalogue.movies import movie_slots
@@ -73,13 +74,20 @@ def test_encode_is_pure_and_in_range(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-@given(st.lists(st.integers(1, PRIME - 1), min_size=4, max_size=4), st.text(max_size=9))
-@example([PRIME - 1] * 4, "")
+def digest(token):
+    return int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
+
+
+@given(st.lists(st.integers(1, PRIME - 1), min_size=6, max_size=6), st.text(max_size=9))
+@example([PRIME - 1] * 6, "")
 def test_hashes_equal_pythons_unlimited_integers(seeds, token):
-    family = Family(kind="bigram", rows=997, hashes=(tuple(seeds[:2]), tuple(seeds[2:])))
-    x = int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
+    family = Family(kind="trigram", rows=997, hashes=(tuple(seeds[:2]), tuple(seeds[2:4])))
+    x = digest(token)
     expected = [(a * x + b) % PRIME % 997 for a, b in family.hashes]
     assert family.hashed([token, token + "!"])[0].tolist() == expected
+    pairs = Family(kind="bigram", rows=997, hashes=(tuple(seeds[:3]), tuple(seeds[3:])))
+    expected = [(a * digest("mug") + c * digest("ｒed") + b) % PRIME % 997 for a, c, b in pairs.hashes]
+    assert pairs.hashed(["mug ｒed", "ｒed mug"])[0].tolist() == expected
 
 
 # --- batches ----------------------------------------------------------------------------------------
@@ -118,6 +126,14 @@ def test_batch_equals_single(texts, length, rows, order):
         batch = spec.encode_batch(texts)
     np.testing.assert_array_equal(batch, np.stack([spec.encode(text) for text in texts]))
     assert batch.dtype == np.int64
+
+
+@given(st.lists(st.lists(st.sampled_from(["set", "of", "two", "mugs", "mug", "on", "grass", "ßet"])), max_size=30))
+def test_phrases_of_a_batch_are_those_of_one(spoken):
+    phrases = ("set of two", "set of", "of two", "two mugs", "mug", "two mugs on grass")
+    spec = TokenSpec(length=5, families=(Family(kind="slot", vocabulary=phrases, rows=len(phrases)),))
+    texts = [*(" ".join(words) for words in spoken), *(f"set of two mugs on {i}" for i in range(token_batch.SMALL + 1))]
+    np.testing.assert_array_equal(spec.encode_batch(texts), np.stack([spec.encode(text) for text in texts]))
 
 
 def test_rows_behind_many_repetitions_are_found():
@@ -160,8 +176,7 @@ def test_every_family_has_its_tokens():
     for kind, tokens in expected.items():
         assert tokens_of(spec, kind, text) == tokens
     rows = {token.text: token.rows for token in spec.tokens(text) if token.kind == "confidence"}
-    assert len(rows["mug 9"]) == 1
-    assert rows["red 5"] == ()  # never seen
+    assert len(rows["mug 9"]) == len(rows["red 5"]) == 1  # all levels of a word, seen or not
     assert sum(family.rows for family in spec.families) == spec.rows - 1
     assert {row for token in spec.tokens(text) for row in token.rows} == set(spec.encode(text).tolist()) - {0}
 
@@ -271,27 +286,28 @@ def test_statistics_of_a_vocabulary():
 
 
 def test_statistics_count_collisions():
-    # One hash x ↦ x mod 2: every token shares its only row. Two rows of a large table: hardly any does.
-    small = TokenSpec(length=8, families=(Family(kind="bigram", rows=2, hashes=((1, 0),)),))
+    # One hash, to 2 rows: every token shares its only one. Two rows of a large table: hardly any does.
+    small = TokenSpec(length=8, families=(Family(kind="bigram", rows=2, hashes=((1, 1, 0),)),))
     captions = [f"a{i} b{i}" for i in range(50)]
     crowded = small.statistics(captions).families["bigram"]
     assert (crowded.full_collisions, crowded.partial_collisions, crowded.used_rows) == (1, 1, 2)
-    large = TokenSpec.fit(CAPTIONS, families=["bigram"], rows=2000).statistics(captions).families["bigram"]
+    large = TokenSpec.fit(CAPTIONS, families=["bigram"], rows=1000).statistics(captions).families["bigram"]
     assert large.full_collisions == 0
-    # 50 tokens on 100 of 2000 rows: one of the other 98 shares a row with about 2 · 98 / 2000 of the tokens.
-    assert 0 < large.partial_collisions < 0.3
+    # 50 tokens on 100 of 1000 rows: one of the other 98 shares a row with about 2 · 98 / 1000 of the tokens.
+    assert 0 < large.partial_collisions < 0.4
     nothing = small.statistics([])
     assert (nothing.captions, nothing.truncated, nothing.families["bigram"].ids) == (0, 0, 0)
 
 
 def test_hashes_are_multiply_mod():
-    family = Family(kind="bigram", rows=1000, hashes=((1, 0), (PRIME - 1, 5)))
+    family = Family(kind="bigram", rows=1000, hashes=((1, 2, 0), (PRIME - 1, 1, 5)))
     spec = TokenSpec(length=4, families=(family,))
     first, second = spec.encode("a b")[:2]
-    # a = 1, b = 0 leaves x mod p mod rows; a = p - 1 is -x mod p.
-    x = int.from_bytes(hashlib.blake2b(b"a b", digest_size=8).digest(), "little")
-    assert first == 1 + x % PRIME % 1000
-    assert second == 1 + (5 - x) % PRIME % 1000
+    # A multiplier of p - 1 is one of -1.
+    x, y = digest("a"), digest("b")
+    assert first == 1 + (x + 2 * y) % PRIME % 1000
+    assert second == 1 + (5 + y - x) % PRIME % 1000
+    assert set(spec.encode("b a").tolist()) != set(spec.encode("a b").tolist())
 
 
 def test_version_names_the_content(spec, tmp_path):
@@ -309,7 +325,9 @@ def test_version_names_the_content(spec, tmp_path):
         ({"families": []}, "families"),
         ({"families": [{"kind": "word", "rows": 3, "vocabulary": ["a"]}]}, "1 words but 3 rows"),
         ({"families": [{"kind": "word", "rows": 3}]}, "either a vocabulary or hashes"),
-        ({"families": [{"kind": "bigram", "rows": 3, "hashes": [[0, 0]]}]}, "hash seeds"),
+        ({"families": [{"kind": "trigram", "rows": 3, "hashes": [[0, 0]]}]}, "hash seeds of 1 multipliers 0 < a < p"),
+        ({"families": [{"kind": "bigram", "rows": 3, "hashes": [[1, 1]]}]}, "hash seeds of 2 .* fit the spec again"),
+        ({"families": [{"kind": "bigram", "rows": 1, "vocabulary": ["a b"]}]}, "pairs of words have no vocabulary"),
         ({"families": [{"kind": "subword", "rows": 1, "vocabulary": ["a"]}]}, "expected a tokenizer"),
         ({"families": [{"kind": "word", "rows": 1, "vocabulary": ["a"], "tokenizer": "{}"}]}, "for no other family"),
         ({"families": [{"kind": "subword", "rows": 1, "vocabulary": ["a"], "tokenizer": "{"}]}, "not a tokenizer"),
@@ -364,3 +382,33 @@ def test_the_tokenize_model_answers_rows_and_refuses_only_the_malformed_request(
     assert mixed[1].error.code == "INVALID_ARG"
     for answer, ids in zip(mixed[::2], expected, strict=True):
         np.testing.assert_array_equal(answer.tensors["ITEM_TOKENS"], ids)
+
+
+@pytest.mark.parametrize("beside", ["word", "slot", "trigram"])
+def test_levels_of_a_word_are_amounts_of_the_word(beside):
+    spec = TokenSpec.fit(NOTED * 2, families=[beside, "confidence"], length=32)
+    levels = spec.ids_of("confidence")
+    first = {spec.name_of(row)[1].rpartition(" ")[0]: row for row in levels if spec.name_of(row)[1].endswith(" 1")}
+    others = spec.families[0].vocabulary or ()
+    assert len(first) > 1
+    assert beside == "trigram" or set(first) & set(others)
+    for row in levels:
+        word, _, level = spec.name_of(row)[1].rpartition(" ")
+        assert spec.amount[row] == pytest.approx(int(level) / 3)
+        assert spec.base[row] == (1 + others.index(word) if word in others else first[word])
+    rest = np.arange(levels[0])
+    assert (spec.base[rest] == rest).all()
+    assert (spec.amount[rest] == np.minimum(rest, 1)).all()
+    base, amount = spec.amounts_of("confidence")
+    assert not base[rest].any()
+    assert not amount[rest].any()
+    assert (base[levels.start :] == spec.base[levels.start :]).all()
+
+
+def test_a_confidence_vocabulary_without_all_levels_is_refused():
+    spec = TokenSpec.fit(NOTED * 2, families=["confidence"], length=32)
+    document = spec.model_dump(mode="json")
+    vocabulary = document["families"][0]["vocabulary"]
+    document["families"][0] |= {"vocabulary": vocabulary[:-1], "rows": len(vocabulary) - 1}
+    with pytest.raises(ValidationError, match="`word 1` … `word 9`"):
+        TokenSpec.model_validate(document)

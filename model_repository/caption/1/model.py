@@ -1,4 +1,6 @@
-"""Media bytes → caption: decode, encode, prompt, generate, detokenise, for all rows of a batch at once."""
+"""Media bytes → caption and word confidences: decode, encode, prompt, generate, detokenise, for all rows of a batch at
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,26 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from sightline.annotation import Annotated
 from sightline.caption_batch import Answer, DownstreamError, answer
 from sightline.errors import MediaError
 from sightline.media import MediaSpec, load
 from sightline.prompt import CaptionPrompt
+from sightline.words import WordHead
+
+FEATURES = ("image_features", "pooled_features")  # of vision_encoder
 
 
 class TritonPythonModel:
     """One instance; Triton runs two, so that one decodes media while the other waits for the decoder."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read tokenizer, prompt and preprocessing from the model's version folder."""
+        """Read tokenizer, prompt, preprocessing and, if there, the word classifier from the model's version folder."""
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"], args["model_version"])
         self.spec = MediaSpec.from_pretrained(folder)
         self.prompt = CaptionPrompt.from_pretrained(folder)
+        self.words = WordHead.from_pretrained(folder)
         # vision_encoder's own max_batch_size, written here by the build.
         self.encoder_batch = int(config["parameters"]["vision_encoder_max_batch_size"]["string_value"])
         self.table_type: str = config["parameters"]["prompt_table_type"]["string_value"]
@@ -58,26 +65,29 @@ class TritonPythonModel:
         frames = [item for item in loaded if isinstance(item, np.ndarray)]  # each FP32 [n, 3, H, W]
         if not frames:
             return [self._rejected(item) for item in loaded]
-        features = await self._encode(np.concatenate(frames))  # [frames, P, D]
-        parts = np.split(features, np.cumsum([len(item) for item in frames])[:-1])
+        ends = np.cumsum([len(item) for item in frames])[:-1]
+        features, pooled = (np.split(output, ends) for output in await self._encode(np.concatenate(frames)))
         seen = [digest for digest, item in zip(media, loaded, strict=True) if isinstance(item, np.ndarray)]
-        captions = iter(await asyncio.gather(*map(self._generate, parts, seen)))
-        return [
-            Answer(next(captions)) if isinstance(item, np.ndarray) else self._rejected(item)
-            for item in loaded
-        ]
+        captions = await asyncio.gather(*map(self._generate, features, seen))
+        levels: list[dict[str, int]] = self.words(pooled) if self.words else [{} for _ in pooled]
+        answers = (
+            Answer(Annotated(caption, confidences=known).to_text())
+            for caption, known in zip(captions, levels, strict=True)
+        )
+        return [next(answers) if isinstance(item, np.ndarray) else self._rejected(item) for item in loaded]
 
     @staticmethod
     def _rejected(error: Any) -> Answer:
         return Answer(error=error.reason)
 
-    async def _encode(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
-        """Frames [N, 3, H, W] → image features [N, P, D], in chunks of what vision_encoder takes."""
+    async def _encode(self, pixels: NDArray[np.float32]) -> list[NDArray[Any]]:
+        """Frames [N, 3, H, W] → image features [N, P, D] and pooled features [N, width], in chunks of what
+        vision_encoder takes."""
         chunks = [pixels[i : i + self.encoder_batch] for i in range(0, len(pixels), self.encoder_batch)]
         outputs = await asyncio.gather(
-            *(_call("vision_encoder", {"pixel_values": chunk}, ["image_features"]) for chunk in chunks)
+            *(_call("vision_encoder", {"pixel_values": chunk}, list(FEATURES)) for chunk in chunks)
         )
-        return np.concatenate([output["image_features"] for output in outputs])
+        return [np.concatenate([output[name] for output in outputs]) for name in FEATURES]
 
     async def _generate(self, features: NDArray[Any], digest: str) -> str:
         """Image features [frames, P, D] of one item with content hash `digest` → caption.
