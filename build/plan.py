@@ -40,6 +40,7 @@ ENGINE_ARCHITECTURE = "LlavaForConditionalGeneration"
 LENGTHS = {"max_input_len": "--max_input_len", "max_seq_len": "--max_seq_len", "max_num_tokens": "--max_num_tokens"}
 LARGE = 2**26  # bytes; files above are hashed once and remembered
 # Versions that change what an own step writes.
+EXPORTING = ("build", "trainer/captioner_model.py", "trainer/ranker_model.py")  # what the exported graphs come from
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "torchrec")
 # The step that looks at the node: the engine is for what stands in the plan.
 NODE = "node"
@@ -192,7 +193,8 @@ def hash_folder(folder: Path, remember: Path | None = None) -> str:
 def _own_versions() -> dict[str, str]:
     """Versions of the packages, and of the exporting code itself."""
     packages = {package: version(package) for package in PACKAGES}
-    return {"sightline": __version__, "code": hash_folder(Path(__file__).parent)} | packages
+    root = Path(__file__).parents[1]
+    return {"sightline": __version__, "code": " ".join(hash_folder(root / name) for name in EXPORTING)} | packages
 
 
 def _own(*words: str) -> tuple[str, ...]:

@@ -95,9 +95,9 @@ class EvaluationConfig:
         if self.split not in SPLITS:
             raise ConfigError(f"--split is {self.split!r}; expected one of {', '.join(SPLITS)}")
         unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or len(self.arms) < 2:
+        if unknown or len(set(self.arms)) < max(2, len(self.arms)):
             raise ConfigError(
-                f"--arm is {', '.join(unknown) or 'one only'}; expected at least two of {', '.join(ARMS)}"
+                f"--arm is {', '.join(unknown or self.arms)}; expected at least two of {', '.join(ARMS)}, each once"
             )
         if self.seeds < 1:
             raise ConfigError(f"--seeds is {self.seeds}; expected at least 1")
@@ -233,6 +233,8 @@ def _summary(log: Log, config: EvaluationConfig, found: list[dict[str, Any]]) ->
         if not 0 < labels.sum() < len(labels):
             continue
         report["rows"][cut] = len(labels)
+        pairs = np.stack([np.concatenate(user), np.concatenate(fold_of)])
+        user_in_fold = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
         # Scores of different folds are of different models: only their order within a fold counts.
         joined = {arm: [_ranks(parts) for parts in seeds] for arm, seeds in scores.items()}
         for arm in config.arms:
@@ -248,10 +250,17 @@ def _summary(log: Log, config: EvaluationConfig, found: list[dict[str, Any]]) ->
             if arm != base:
                 base_auc = report["arms"][base][cut]["auc"]
                 entry["lift_percent"] = relative_lift(entry["auc"], base_auc)
-                entry["relaimpr_percent"] = 100 * ((entry["auc"] - 0.5) / (base_auc - 0.5) - 1)
+                # Xiang et al. 2011; of a base no better than chance there is none.
+                better = base_auc - 0.5
+                entry["relaimpr_percent"] = 100 * ((entry["auc"] - 0.5) / better - 1) if better > 0 else None
                 entry["lift_ci95"] = metrics.lift_interval(
                     labels, np.concatenate(user), joined[base], joined[arm], item=np.concatenate(item)
                 )
+                entry["gauc_lift_percent"] = relative_lift(entry["gauc"], report["arms"][base][cut]["gauc"])
+                entry["gauc_lift_ci95"] = metrics.lift_interval(
+                    labels, np.concatenate(user), joined[base], joined[arm], item=np.concatenate(item),
+                    groups=user_in_fold,
+                )  # fmt: skip
                 entry["lift_ci95_users"] = metrics.lift_interval(
                     labels, np.concatenate(user), joined[base], joined[arm]
                 )

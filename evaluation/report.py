@@ -35,17 +35,19 @@ def _markdown(report: dict[str, Any], pictures: list[Path]) -> str:
     base = next(iter(report["arms"]))
     lines = [
         f"# {report['name']}, split `{report['split']}`", "",
-        f"{report['folds']} fold(s), {report['seeds']} seeds; means over both. Lift of AUC over `{base}` with a 95 % "
-        "interval that resamples users and items (two-way), and users alone.", "",
-        "| cut | rows | arm | AUC | GAUC | NE | calibration | lift | two-way 95 % | users alone | RelaImpr |",
-        "|---|--:|---|--:|--:|--:|--:|--:|---|---|--:|",
+        f"{report['folds']} fold(s), {report['seeds']} seeds; means over both. Lifts of AUC and GAUC over `{base}` "
+        "with 95 % intervals that resample users and items (two-way); of AUC with users alone, too.", "",
+        "| cut | rows | arm | AUC | GAUC | NE | calibration | lift | two-way 95 % | users alone | RelaImpr | GAUC lift "
+        "| two-way 95 % |",
+        "|---|--:|---|--:|--:|--:|--:|--:|---|---|--:|--:|---|",
     ]  # fmt: skip
     for cut, rows in report["rows"].items():
         for arm, cuts in report["arms"].items():
             e = cuts[cut]
-            lift = ("", "", "", "") if arm == base else (
+            lift = ("",) * 6 if arm == base else (
                 f"{e['lift_percent']:+.2f} %", _interval(e["lift_ci95"]), _interval(e["lift_ci95_users"]),
-                f"{e['relaimpr_percent']:+.1f} %",
+                "none" if e["relaimpr_percent"] is None else f"{e['relaimpr_percent']:+.1f} %",
+                f"{e['gauc_lift_percent']:+.2f} %", _interval(e["gauc_lift_ci95"]),
             )  # fmt: skip
             figures = [f"{e[key]:.4f}" for key in ("auc", "gauc", "ne", "calibration")]
             lines.append("| " + " | ".join([cut, f"{rows:,}", arm, *figures, *lift]) + " |")

@@ -190,9 +190,10 @@ def read_captions(path: Path) -> tuple[dict[int, str], str]:
         DataError: no such file, or not one that `sightline caption` wrote. One of captions alone, as earlier versions
             wrote it, is refused, too: a ranker would be trained on less than it is served.
     """
-    if not path.exists():
-        raise DataError(f"{path}: expected captions; write them with `sightline caption`")
-    table = pq.read_table(path)
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: expected captions; write them with `sightline caption`. {error}") from error
     version = (table.schema.metadata or {}).get(b"captioner")
     if version is None or not {"item_id", "annotation"} <= set(table.column_names):
         raise DataError(

@@ -94,8 +94,8 @@ def ranking_metrics(label: np.ndarray, score: np.ndarray, user: np.ndarray) -> d
 
 
 def relative_lift(auc: float, base: float) -> float:
-    """AUC lift over a base in per cent of the base's AUC."""
-    return 100 * (auc / base - 1)
+    """AUC lift over a base in per cent of the base's AUC; in a draw of few rows that can be 0 and counts as .001."""
+    return 100 * ((auc - base) / max(base, 1e-3))
 
 
 def lift_interval(
@@ -105,17 +105,20 @@ def lift_interval(
     other: Sequence[np.ndarray],
     *,
     item: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
     draws: int = 200,
     seed: int = 0,
 ) -> tuple[float, float]:
     """95 % interval of the relative AUC lift (%) of `other` over `base`: paired bootstrap over users, or two-way.
+
+    With `groups` (ids [rows]), such as the users, AUC is that within groups, as in GAUC.
 
     A draw takes users with replacement, keeps all their rows, and scores both arms on the same users; arms
     are averaged over their seeds (`base[s]`, `other[s]`: scores [rows]). With `item` (ids [rows]) it takes items
     with replacement, too, and a row counts as often as its user times its item was drawn (the pigeonhole bootstrap of
     Owen 2007, which is conservative): rows of one item share that item's luck.
     """
-    arms = [[_WeightedAuc(label, scores) for scores in arm] for arm in (base, other)]
+    arms = [[_WeightedAuc(label, scores, groups) for scores in arm] for arm in (base, other)]
     factors = [np.unique(ids, return_inverse=True)[1] for ids in (user, item) if ids is not None]
     rng = np.random.default_rng([seed, 6])
     lifts = []
@@ -124,29 +127,40 @@ def lift_interval(
         for index in factors:
             count = int(index.max()) + 1
             weight = weight * np.bincount(rng.integers(count, size=count), minlength=count)[index]
-        if not 0 < (weight * (label > 0)).sum() < weight.sum():
-            continue  # a draw with one label has no AUC
         a, b = (np.mean([auc(weight) for auc in arm]) for arm in arms)
+        if np.isnan(a):
+            continue  # a draw without two labels has no AUC
         lifts.append(relative_lift(float(b), float(a)))
     low, high = np.percentile(lifts, [2.5, 97.5])
     return float(low), float(high)
 
 
 class _WeightedAuc:
-    """AUC of one set of scores under many sample weights: sorts once, where scikit-learn sorts every time."""
+    """AUC of one set of scores under many sample weights: sorts once, where scikit-learn sorts every time.
 
-    def __init__(self, label: np.ndarray, score: np.ndarray) -> None:
-        self._order = np.argsort(score, kind="stable")
-        ranked = score[self._order]
-        self._tie = np.concatenate([[0], np.cumsum(np.diff(ranked) > 0)])  # rows with equal scores share a number
+    With `groups` (ids [rows]) the mean of the groups' AUCs, weighted by their rows; without two labels NaN.
+    """
+
+    def __init__(self, label: np.ndarray, score: np.ndarray, groups: np.ndarray | None = None) -> None:
+        group = np.zeros(len(label), np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]
+        self._order = np.lexsort((score, group))
+        score, group = score[self._order], group[self._order]
+        first = np.concatenate([[True], (np.diff(score) > 0) | (np.diff(group) > 0)])
+        self._tie = np.cumsum(first) - 1  # rows of a group with equal scores share a number
+        self._group = group[first]
         self._positive = label[self._order] > 0
 
     def __call__(self, weight: np.ndarray) -> float:
         w = weight[self._order]
         positive = np.bincount(self._tie, w * self._positive)
         negative = np.bincount(self._tie, w * ~self._positive)
-        below = np.cumsum(negative) - negative / 2
-        return float((positive * below).sum() / (positive.sum() * negative.sum()))
+        positives, negatives = (np.bincount(self._group, one) for one in (positive, negative))
+        below = np.cumsum(negative) - negative / 2 - (np.cumsum(negatives) - negatives)[self._group]
+        pairs, won = positives * negatives, np.bincount(self._group, positive * below)
+        if not pairs.any():
+            return float("nan")
+        there = pairs > 0
+        return float(np.average(won[there] / pairs[there], weights=(positives + negatives)[there]))
 
 
 def summary(values: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -171,8 +171,10 @@ def test_captions_keep_their_captioner(trained, catalogue, tmp_path):
     pq.write_table(table.drop_columns("annotation"), tmp_path / "older.parquet")
     with pytest.raises(DataError, match=r"expected item_id, annotation .*found item_id, caption; remove the file"):
         read_captions(tmp_path / "older.parquet")
-    with pytest.raises(DataError, match="sightline caption"):
-        read_captions(tmp_path / "none.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no more")
+    for name in ("none.parquet", "damaged.parquet", "."):
+        with pytest.raises(DataError, match="sightline caption"):
+            read_captions(tmp_path / name)
     items = read_items(catalogue)
     text = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
     perfect = caption_quality(catalogue, text, seed=0)

@@ -132,7 +132,8 @@ def test_wrong_options(liking: Path) -> None:
     for change, message in (
         ({"split": "hot"}, "--split is 'hot'; expected one of cold"),
         ({"arms": ("ids", "magic")}, "--arm is magic; expected at least two of ids"),
-        ({"arms": ("ids",)}, "--arm is one only"),
+        ({"arms": ("ids",)}, "--arm is ids; expected at least two"),
+        ({"arms": ("ids", "tokens", "ids")}, "each once"),
         ({"folds": 2}, "--folds is 2; expected at least 3"),
         ({"seeds": 0}, "--seeds is 0"),
     ):
@@ -214,6 +215,8 @@ def test_luck_of_items_widens_the_two_way_interval() -> None:
     noise = rng.normal(size=8000)
     base = noise + label
     other = noise + label * (1 + np.where(item % 2, 1.0, -1.0))
+    hopeless = lift_interval(label, user, [-1.0 * label], [1.0 * label], item=item, draws=20)  # AUC 0 in every draw
+    assert 0 < hopeless[0] <= hopeless[1] < float("inf")
     one = lift_interval(label, user, [base], [other], draws=200)
     both = lift_interval(label, user, [base], [other], item=item, draws=200)
     assert both[1] - both[0] > 2 * (one[1] - one[0])

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
+from build import plan as planning
 from build.checkpoint import SHAPES, Checkpoint
 from build.engine import EngineOptions
 from build.hardware import GIB, parse_gpus
@@ -324,3 +325,9 @@ def test_own_steps_are_programs(tmp_path: Path, captioner: Path) -> None:
     for step in cpu_plan(captioner, ranker, tmp_path, ExportOptions()).steps:
         run_step(step.argv[3:])
         assert any(step.output.iterdir())
+
+
+def test_the_code_of_exported_graphs_is_part_of_a_step():
+    assert all((Path(planning.__file__).parents[1] / name).exists() for name in planning.EXPORTING)
+    assert {"trainer/captioner_model.py", "trainer/ranker_model.py"} < set(planning.EXPORTING)
+    assert len(planning._own_versions()["code"].split()) == len(planning.EXPORTING)

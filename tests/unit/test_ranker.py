@@ -510,6 +510,24 @@ def test_weighted_auc_is_scikit_learns():
     weight = rng.integers(0, 4, 500)
     ours = metrics._WeightedAuc(label, score)(weight)
     assert ours == pytest.approx(roc_auc_score(label, score, sample_weight=weight), abs=1e-12)
+    assert np.isnan(metrics._WeightedAuc(label, score)(weight * label))
+
+
+def test_weighted_auc_within_groups_is_the_weighted_mean_of_scikit_learns():
+    rng = np.random.default_rng(1)
+    user = 7 * rng.integers(0, 30, 500)
+    label, score = rng.uniform(size=500) < 0.2, rng.integers(0, 9, 500) / 9
+    weight = rng.integers(0, 4, 500)
+    wanted = [
+        (roc_auc_score(label[at], score[at], sample_weight=weight[at]), weight[at].sum())
+        for at in (user == one for one in np.unique(user))
+        if len(set(label[at & (weight > 0)])) == 2
+    ]
+    assert 10 < len(wanted) < 30  # some users have one label alone
+    ours = metrics._WeightedAuc(label, score, user)(weight)
+    assert ours == pytest.approx(sum(auc * rows for auc, rows in wanted) / sum(rows for _, rows in wanted), abs=1e-12)
+    plain = metrics._WeightedAuc(label, score, user)(np.ones(500, int))
+    assert plain == pytest.approx(metrics.ranking_metrics(label, np.clip(score, 0.01, 0.99), user)["gauc"], abs=1e-12)
 
 
 def test_interval_covers_no_difference_and_finds_a_real_one():
