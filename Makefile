@@ -12,7 +12,7 @@ PLANNED_GPUS := h200$(if $(filter trtllm,$(LANE)), 2xa10)
 SHAPE := llava-1.5-7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint doctor build-engines serve evaluate quality bench clean
+.PHONY: help setup demo test lint doctor build-engines serve evaluate quality bench bench-store clean
 
 help:           ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ quality: setup  ## Run the demo's job afresh and hold it to evaluation/gates.jso
 
 bench: setup $(RELEASE)  ## Measure every model and the ensemble with perf_analyzer; report under artifacts/bench
 	@$(BIN)/sightline bench
+
+bench-store: setup  ## Measure the feature store's reads beside bare LMDB and Redis; BENCH="--runs 50" passes options
+	@$(BIN)/python -m benchmarks.store $(BENCH)
 
 clean:          ## Remove environment, tools and caches; artifacts/ (data, models, reports) stays
 	rm -rf .venv .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -87,7 +87,7 @@ class EvaluationConfig:
     )
     ranker: RankerConfig = field(
         default_factory=lambda: RankerConfig(
-            item_dropout=0.3, user_dropout=0.05, epochs=12, patience=2, table_std=0.03, table_lr=0.05, lr=2e-3
+            item_dropout=0.3, user_dropout=0.3, epochs=12, patience=2, table_std=0.03, table_lr=0.05, lr=2e-3
         )
     )
 

@@ -32,7 +32,8 @@ def problems(installed: Iterable[Distribution], lock: Iterable[Requirement]) -> 
     Requirements of extras count where an installed package asks for that extra.
     """
     have = {str(canonicalize_name(d.name)): d for d in installed}
-    found = {line for pin in lock for line in _unmet(pin, have, "requirements.lock")}
+    here = (pin for pin in lock if not pin.marker or pin.marker.evaluate())
+    found = {line for pin in here for line in _unmet(pin, have, "requirements.lock")}
 
     todo = [(name, "") for name in have]  # (package, extra); the empty extra is the package itself
     seen = set(todo)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sightline.errors import DataError
 from sightline.profile import DENSE, UserProfiles
 from sightline.schema import CONTEXT_PREFIX, context_columns, stream_interactions
-from trainer.splits import Rows
+from trainer.splits import TRAIN, Rows
 
 BATCH_ROWS = 16384
 GROUP_ROWS = 4096  # of a row group of examples: the least that a process reads
@@ -45,13 +45,18 @@ class Columns:
     context: dict[str, int]
     users: Vocabulary
     items: Vocabulary
+    met: np.ndarray  # int64 ids of all items of rows that may be fitted on; the others are cold
     mean_strength: float
 
     @classmethod
     def of(cls, interactions: pa.Table, split: Rows) -> Columns:
-        """All from the rows that may be fitted on; larger values of context are clipped."""
+        """All from training rows: a table row that no training row has would stay as it was drawn, and early stopping
+        would look at it. Larger values of context are clipped.
+        """
         time = np.asarray(interactions["timestamp"].cast(pa.int64()).to_numpy())
-        train = interactions.filter(pa.array(split.assign(0, time).fitted))
+        rows = split.assign(0, time)
+        train = interactions.filter(pa.array(rows.part == TRAIN))
+        met = np.unique(interactions["item_id"].to_numpy()[rows.fitted])
         context = {
             name.removeprefix(CONTEXT_PREFIX): int(pc.max(train[name]).as_py()) + 1
             for name in context_columns(interactions)
@@ -64,7 +69,8 @@ class Columns:
         users, items = (
             Vocabulary(ids=np.sort(pc.unique(train[column]).to_numpy())) for column in ("user_id", "item_id")
         )
-        return cls(context=context, users=users, items=items, mean_strength=float(np.mean(strengths(train))))
+        mean = float(np.mean(strengths(train)))
+        return cls(context=context, users=users, items=items, met=met, mean_strength=mean)
 
 
 def strengths(rows: pa.Table | pa.RecordBatch) -> np.ndarray:

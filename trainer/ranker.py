@@ -225,11 +225,11 @@ def bayes_auc(data: Path) -> dict[str, float] | None:
     interactions, record = read_interactions(data), read_record(data)
     time_ = micros(interactions["timestamp"])
     split = Split.of(record, time_)
-    known = Columns.of(interactions, split).items
+    met = Columns.of(interactions, split).met
     probability = pq.read_table(path)["probability"].to_numpy()
     label = interactions["label"].to_numpy()
     after = time_ >= split.test_from
-    cold = after & (known.index(interactions["item_id"].to_numpy()) == 0)
+    cold = after & ~np.isin(interactions["item_id"].to_numpy(), met)
     return {
         name: float(roc_auc_score(label[m], probability[m])) for name, m in (("all", after), ("cold", cold))
     }
@@ -243,7 +243,7 @@ class _Test:
         batches = list(self.batches())
         self.label = np.concatenate([b.label for b in batches])
         self.user = np.concatenate([b.user_id for b in batches])
-        cold = np.concatenate([b.item_index for b in batches]) == 0
+        cold = ~np.isin(np.concatenate([b.item_id for b in batches]), columns.met)
         cuts = {"all": np.ones_like(cold), "cold": cold, "warm": ~cold}
         self.cuts = {name: mask for name, mask in cuts.items() if 0 < self.label[mask].sum() < mask.sum()}
 

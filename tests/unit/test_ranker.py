@@ -140,6 +140,18 @@ def test_the_strength_of_a_logged_event_counts(tmp_path):
     assert table["label"].to_pylist() == [label for *_, label in events]
 
 
+def test_only_training_rows_have_table_rows_and_cold_is_what_nothing_was_fitted_on(tmp_path):
+    """A row of a table that training never reaches is noise: users and items of validation alone are strangers."""
+    log = _log(tmp_path, [(1, 1, 0, 1), (1, 2, 1, 0), (2, 3, 5, 1), (3, 1, 6, 0), (4, 4, 9, 1)])
+    second = int(START.timestamp() * 1e6), 1_000_000
+    split = Split(valid_from=second[0] + 5 * second[1], test_from=second[0] + 9 * second[1])
+    columns = Columns.of(log, split)
+    assert columns.users.ids.tolist() == [1]
+    assert columns.items.ids.tolist() == [1, 2]
+    assert columns.met.tolist() == [1, 2, 3]
+    assert columns.mean_strength == 0
+
+
 def test_a_log_without_context_is_refused(tmp_path):
     log = _log(tmp_path, [(1, 1, 0, 1)]).drop_columns(["context_hour"])
     with pytest.raises(DataError, match="context_<name>"):

@@ -174,6 +174,11 @@ def test_an_extra_that_nothing_asks_for_is_not_needed(installed) -> None:
     assert closure.problems(installed("a 1.0: b", "b 1.0: c>3; extra == 'fast'"), []) == []
 
 
+def test_a_pin_of_another_machine_is_not_needed(installed) -> None:
+    lock = closure.read_lock("a==1.0\nb==2.0; platform_machine == 'pdp11'  # why\nc==3.0; python_version > '3'")
+    assert closure.problems(installed("a 1.0"), lock) == ["requirements.lock needs c==3.0, which is not installed"]
+
+
 def test_the_cpu_build_of_fbgemm_stands_in_for_the_cuda_build(installed) -> None:
     assert closure.problems(installed("torchrec 1.8.0: fbgemm-gpu", "fbgemm_gpu-cpu 1.8.0"), []) == []
 
