@@ -83,12 +83,12 @@ class Scorer:
                 onnxruntime.InferenceSession(models / name / "1" / "model.onnx", providers=["CPUExecutionProvider"])
                 for name in ("embed", "score")
             )
+            context = read_config(models / "rank_media" / "config.pbtxt").parameters["context"].string_value
+            self.columns: dict[str, int] = {c["name"]: c["cardinality"] for c in json.loads(context or "[]")}
         except Exception as error:
             raise ReleaseError(
                 f"{release_dir}: expected a release, as `sightline build` publishes it; {error}"
             ) from error
-        context = read_config(models / "rank_media" / "config.pbtxt").parameters["context"].string_value
-        self.columns: dict[str, int] = {c["name"]: c["cardinality"] for c in json.loads(context or "[]")}
         self.release = release_dir.resolve().name
 
     def row(self, user: int, item: int, caption: str, context: Mapping[str, int]) -> tuple[Row, bool, bool]:

@@ -57,8 +57,11 @@ ARMS: dict[str, Arm] = {
     "words": Arm(source="captions", families=("word",)),
     "semantic ids": Arm(source="captions", families=("semantic",)),
     "tokens + semantic ids": Arm(source="captions", families=("slot", "confidence", "semantic")),
+    "semantic ids, item only": Arm(source="captions", families=("semantic",), profile=False),
     "dense vector": Arm(item=False, profile=False, vector=True),
+    "dense vector, with profile": Arm(source="captions", families=("slot",), item=False, vector=True),
     "shuffled": Arm(source="shuffled", families=FULL),
+    "shuffled, item only": Arm(source="shuffled", families=FULL, profile=False),
     "oracle": Arm(source="reference", families=("slot",)),
     "oracle, item only": Arm(source="reference", families=("slot",), profile=False),
 }

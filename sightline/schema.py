@@ -32,6 +32,7 @@ __all__ = [
     "MEDIA_TYPES",
     "MediaReader",
     "context_columns",
+    "open_parquet",
     "read_interactions",
     "read_items",
     "read_record",
@@ -330,10 +331,15 @@ def _missing(path: Path) -> DataError:
     )
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path, what: str) -> pq.ParquetFile:
+    """Raises DataError where there is no Parquet file; `what` it should have been, and how it is made."""
     try:
         return pq.ParquetFile(path)
-    except FileNotFoundError as error:
-        raise _missing(path) from error
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: expected a Parquet file: {error}") from error
+        raise DataError(f"{path}: expected {what}: {error}") from error
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    if not path.exists():
+        raise _missing(path)
+    return open_parquet(path, "a Parquet file")

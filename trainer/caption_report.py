@@ -16,9 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from sightline.prompt import CaptionPrompt
 from sightline.tokens import normalise
 from sightline.words import WordHead
-from trainer.captioner import image_tokens
 from trainer.captioner_data import IGNORE, Pixels, Targets, model_inputs
-from trainer.captioner_model import Encoder
+from trainer.captioner_model import Encoder, image_tokens
 from trainer.metrics import Slots
 
 __all__ = ["calibration", "coverage", "reliability", "slot_scores", "tables"]

@@ -44,11 +44,13 @@ from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
 from sightline.prompt import LLAVA_PROMPT, CaptionPrompt
 from sightline.schema import MediaReader, read_interactions, read_items, read_record
+from sightline.words import WORDS
 from trainer.behaviour import behaviour_words, with_behaviour
 from trainer.captioner_data import IGNORE, Augmentation, Pixels, Targets, model_inputs
-from trainer.captioner_model import SIZES, new_captioner, save_captioner, train_tokenizer
+from trainer.captioner_model import SIZES, image_tokens, new_captioner, save_captioner, train_tokenizer
 from trainer.optim import Optimizer
 from trainer.splits import TRAIN, Split, micros, training_items
+from trainer.tower import Convolutions, Masked, Patches, Words, start_tower
 
 log = logging.getLogger(__name__)
 MASKED = 0.6  # share of patches that pre-training hides, as SimMIM does
@@ -205,14 +207,14 @@ class _Run:
         if config.start is None and config.tower_steps:
             start_tower(model, self.pixels, self.train, config.seed)
             if config.pretrain_steps:
-                masked, pictures = _Masked(model), np.concatenate([self.train, self.mute])
+                masked, pictures = Masked(model), np.concatenate([self.train, self.mute])
                 loss = self._pixel_loss(masked)
                 history["pretrain"] = self._phase("pretrain", masked, config.pretrain_steps, loss, pictures)
             words, teacher = len(self.targets.words), None
             if config.teacher_steps:
-                teacher = _Words(_Convolutions(), _Convolutions.width, words, config.frames)
+                teacher = Words(Convolutions(), Convolutions.width, words, config.frames)
                 history["teacher"] = self._phase("teacher", teacher, config.teacher_steps, self._word_loss(teacher))
-            tower = _Words(_Patches(model), model.config.vision_config.hidden_size, words, config.frames)
+            tower = Words(Patches(model), model.config.vision_config.hidden_size, words, config.frames)
             history["tower"] = self._phase("tower", tower, config.tower_steps, self._word_loss(tower, teacher))
             self._save_words(tower)
         # As in LLaVA, the tower is frozen once it can see; its backward pass would be a third of the time.
@@ -223,6 +225,9 @@ class _Run:
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        if (self.out / WORDS).exists():  # captions with confidences are of the classifier, too
+            with np.load(self.out / WORDS) as held:
+                digest.update(b"".join(name.encode() + held[name].tobytes() for name in sorted(held.files)))
         version = digest.hexdigest()[:12]
         own = json.loads((self.out / "sightline.json").read_text())
         self._save(
@@ -242,7 +247,7 @@ class _Run:
 
     # --- losses: (rows, generator of augmentation or None) → scalar ----------------------------------
 
-    def _pixel_loss(self, model: _Masked) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
+    def _pixel_loss(self, model: Masked) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
         """What hidden patches look like; the same ones at every look at held-out items."""
 
         def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
@@ -256,7 +261,7 @@ class _Run:
         return loss
 
     def _word_loss(
-        self, model: _Words, teacher: _Words | None = None
+        self, model: Words, teacher: Words | None = None
     ) -> Callable[[np.ndarray, np.random.Generator | None], Tensor]:
         """Which caption words a picture has. With a teacher its answers are the targets, also on mixtures of pictures,
         of which there are as many as steps: labels of few pictures are learnt by heart."""
@@ -281,7 +286,7 @@ class _Run:
 
         return loss
 
-    def _save_words(self, tower: _Words) -> None:
+    def _save_words(self, tower: Words) -> None:
         """`words.npz`: the classifier of caption words on the tower; how frequent each word is in training, among items
         where it is known; which words are of taste."""
         targets = self.targets
@@ -289,7 +294,7 @@ class _Run:
         known = targets.known(self.train, torch.ones(len(self.train), dtype=torch.bool))
         rate = (targets.bag(self.train) * known).sum(0) / known.sum(0).clamp(min=1)
         np.savez(
-            self.out / "words.npz", words=np.array(pieces), rate=rate.numpy(), frames=self.config.frames,
+            self.out / WORDS, words=np.array(pieces), rate=rate.numpy(), frames=self.config.frames,
             weight=tower.head.weight.detach().numpy(), bias=tower.head.bias.detach().numpy(),
             taste=targets.word_is_taste.numpy(),
         )  # fmt: skip
@@ -404,124 +409,6 @@ class _Run:
 
     def _save(self, tokenizer: Tokenizer, version: str, **options: Any) -> None:
         save_captioner(self.model, tokenizer, self.out, version=version, frames=self.config.frames, **options)
-
-
-class _Words(nn.Module):
-    """Which caption words an item has, from its frames in order; a picture counts as a still video."""
-
-    def __init__(self, body: nn.Module, width: int, words: int, frames: int) -> None:
-        super().__init__()
-        self.body, self.frames = body, frames
-        self.head = nn.Linear(frames * width, words)
-
-    def forward(self, pixels: Tensor, frames: int) -> Tensor:
-        """FP32 [B · frames, 3, H, W] → logits FP32 [B, words]."""
-        pooled = self.body(pixels).unflatten(0, (-1, frames))  # [B, frames, width]
-        in_order = torch.linspace(0, frames - 1, self.frames).round().long()
-        logits: Tensor = self.head(pooled[:, in_order].flatten(1))
-        return logits
-
-
-class _Masked(nn.Module):
-    """Simple masked image modelling (SimMIM, Xie et al. 2022): a learnt vector stands for some patches, and a linear
-    map of the tower's states has to tell their pixels."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        config = model.config.vision_config
-        self.tower, self.size = model.model.vision_tower, config.patch_size
-        self.patches = (config.image_size // config.patch_size) ** 2
-        self.token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.head = nn.Linear(config.hidden_size, 3 * self.size**2)
-
-    def forward(self, pixels: Tensor, masked: Tensor) -> Tensor:
-        """FP32 [N, 3, H, W], bool [N, patches] → mean absolute error on the masked patches, a scalar."""
-
-        def replaced(_: nn.Module, __: Any, found: Tensor) -> Tensor:  # [N, width, rows, columns]
-            hidden = masked.unflatten(1, found.shape[2:]).unsqueeze(1)
-            return torch.where(hidden, self.token[:, None, None], found)
-
-        with _embeddings(self.tower).patch_embedding.register_forward_hook(replaced):
-            states = self.tower(pixel_values=pixels).last_hidden_state[:, 1:]
-        wanted = F.unfold(pixels, self.size, stride=self.size).transpose(1, 2)
-        lost: Tensor = (self.head(states) - wanted)[masked].abs().mean()
-        return lost
-
-
-class _Patches(nn.Module):
-    """The vision tower, max-pooled over patches: pixels [N, 3, H, W] → [N, width]."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        self.tower = model.model.vision_tower
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        pooled: Tensor = self.tower(pixel_values=pixels).last_hidden_state[:, 1:].amax(1)  # without the class token
-        return pooled
-
-
-class _Convolutions(nn.Sequential):
-    """A small residual network (He et al. 2016): pixels [N, 3, H, W] → [N, 128].
-
-    On a few thousand natural pictures it learns what a transformer from scratch does not, and can teach it.
-    """
-
-    width = 128
-
-    def __init__(self) -> None:
-        stem = [nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-        blocks = [_Residual(32, 32), _Residual(32, 64), _Residual(64, self.width)]
-        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3))
-
-
-class _Residual(nn.Module):
-    def __init__(self, into: int, out: int) -> None:
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.Conv2d(into, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
-            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
-        )  # fmt: skip
-        self.skip = nn.Conv2d(into, out, 1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.main(x) + self.skip(x))
-
-
-@torch.no_grad()
-def start_tower(model: LlavaForConditionalGeneration, pixels: Pixels, rows: np.ndarray, seed: int) -> None:
-    """Data-dependent start of the vision tower: whitened patch components and 2-D sinusoidal positions.
-
-    Small ViTs spend most of a short training on finding edge filters and the grid; both can be given.
-    """
-    tower = model.model.vision_tower
-    config = model.config.vision_config
-    width, patch = config.hidden_size, config.patch_size
-    chosen = np.random.default_rng([seed, 4]).choice(rows, min(len(rows), 2000), replace=False)
-    x = pixels.normalised(torch.cat([pixels.batch(group)[:, :1] for group in pixels.by_length(chosen)]))
-    patches = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n, 3 · patch²]
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    k = min(width, len(values))
-    scale = (values[-k:] + 1e-3 * values[-1]).rsqrt()
-    embeddings = _embeddings(tower)
-    embeddings.patch_embedding.weight[:k] = (vectors[:, -k:] * scale).T.unflatten(1, (3, patch, patch))
-
-    side = config.image_size // patch
-    frequency = 1e4 ** (-torch.arange(width // 4) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [v.reshape(-1, 1) * frequency for v in (column, row)]
-    waves = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
-    embeddings.position_embedding.weight[1:, : waves.shape[1]] = 0.5 * waves
-
-
-def _embeddings(tower: nn.Module) -> Any:
-    return (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
-
-
-def image_tokens(model: LlavaForConditionalGeneration) -> int:
-    """Rows of the prompt table that one picture takes."""
-    config = model.config
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy == "full")
 
 
 def _with_taste(

@@ -98,6 +98,13 @@ def new_captioner(size: str, tokenizer: Tokenizer, seed: int = 0) -> LlavaForCon
     return LlavaForConditionalGeneration(config)
 
 
+def image_tokens(model: LlavaForConditionalGeneration) -> int:
+    """Rows of the prompt table that one picture takes."""
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")
+
+
 class Encoder(nn.Module):
     """What a captioner sees of pixels FP32 [N, 3, H, W]: the features that its decoder reads, and their summary.
 

@@ -21,7 +21,7 @@ from sightline.annotation import Annotated, plain
 from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
 from sightline.prompt import CaptionPrompt
-from sightline.schema import MediaReader, read_interactions, read_items, read_record
+from sightline.schema import MediaReader, open_parquet, read_interactions, read_items, read_record
 from sightline.words import WordHead
 from trainer.behaviour import split_behaviour
 from trainer.caption_report import calibration, coverage, slot_scores
@@ -190,10 +190,8 @@ def read_captions(path: Path) -> tuple[dict[int, str], str]:
         DataError: no such file, or not one that `sightline caption` wrote. One of captions alone, as earlier versions
             wrote it, is refused, too: a ranker would be trained on less than it is served.
     """
-    try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: expected captions; write them with `sightline caption`. {error}") from error
+    with open_parquet(path, "captions; write them with `sightline caption`") as file:
+        table = file.read()
     version = (table.schema.metadata or {}).get(b"captioner")
     if version is None or not {"item_id", "annotation"} <= set(table.column_names):
         raise DataError(

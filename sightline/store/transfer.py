@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from sightline.errors import DataError, StoreError
 from sightline.profile import Profile
+from sightline.schema import open_parquet
 from sightline.store.base import FeatureStore
 from sightline.store.records import (
     Items,
@@ -91,7 +92,7 @@ def user_table(schema: UserSchema, users: Sequence[UserRecord]) -> pa.Table:
 
 def count_rows(path: Path) -> int:
     """Rows of a Parquet file."""
-    with _open(path) as file:
+    with open_parquet(path, "a Parquet file of features") as file:
         rows: int = file.metadata.num_rows
     return rows
 
@@ -103,7 +104,7 @@ def load(store: FeatureStore, path: Path, advance: Advance, *, batch: int = _BAT
     How far a load came is kept in the store, with the batch; it is forgotten at the end, so that the next load of the
     file begins anew. Raises DataError for a file without a schema, or with rows that do not fit it.
     """
-    with _open(path) as file:
+    with open_parquet(path, "a Parquet file of features") as file:
         text = (file.schema_arrow.metadata or {}).get(METADATA)
         if text is None:
             raise DataError(
@@ -245,10 +246,3 @@ def _identity(path: Path) -> str:
         file.seek(-8 - size, 2)
         digest = hashlib.sha256(file.read(size) + f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: expected a Parquet file of features: {error}") from error

@@ -35,6 +35,7 @@ from trainer.captioning import (
     read_captions,
     write_captions,
 )
+from trainer.tower import Patches
 
 SMALL = {"tower_steps": 6, "steps": 6, "batch": 8, "eval_every": 3, "checkpoint_seconds": 0.0}
 
@@ -109,7 +110,7 @@ def test_items_are_described(trained, catalogue):
     pixels = Pixels(MediaReader(catalogue, items), ids, MediaSpec.from_pretrained(out))
     found = describe_pixels(out, pixels)
     assert found.ids.tolist() == ids
-    tower = captioner._Patches(LlavaForConditionalGeneration.from_pretrained(out).eval())
+    tower = Patches(LlavaForConditionalGeneration.from_pretrained(out).eval())
     head = WordHead.from_pretrained(out)
     with torch.inference_mode():
         pooled = [tower(pixels.normalised(pixels.batch(np.array([row])))).numpy() for row in range(len(ids))]

@@ -13,6 +13,7 @@ from trainer import captioner
 from trainer.captioner import CaptionerConfig, train_captioner
 from trainer.captioner_model import new_captioner, train_tokenizer
 from trainer.splits import Split, micros, training_items
+from trainer.tower import Masked
 
 EVERY_STEP = {"batch": 4, "eval_every": 1, "patience": 2, "checkpoint_seconds": 0.0}
 LOSSES = {"tower": [2.0, 1.0, 3.0, 0.5], "caption": [3.0, 1.0, 2.0, 1.5, 0.1, 0.1]}
@@ -121,7 +122,7 @@ def test_pretraining_looks_at_what_it_may(catalogue, tmp_path, monkeypatch):
 def test_hidden_patches_are_hidden():
     """What a mask covers changes neither what the tower says of it nor of the rest, and is all that is measured."""
     model = new_captioner("tiny", train_tokenizer(["a mug"]))
-    masked = captioner._Masked(model)
+    masked = Masked(model)
     torch.nn.init.normal_(masked.token)
     told = []
     masked.head.register_forward_hook(lambda _, __, out: told.append(out.detach()))

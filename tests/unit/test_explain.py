@@ -191,6 +191,12 @@ def test_errors_are_clear(made, tmp_path: Path) -> None:
         explain(folder, 0, 0, "red\x1fq")
     with pytest.raises(ReleaseError, match="nowhere: expected a release"):
         explain(tmp_path / "nowhere", 0, 0, "red")
+    for damaged in ("rank_media/config.pbtxt", "lookup/1/users.parquet", "embed/1/model.onnx"):
+        whole = (file := folder / "model_repository" / damaged).read_bytes()
+        file.write_bytes(b"\xff\xfe no more")
+        with pytest.raises(ReleaseError, match="expected a release"):
+            explain(folder, 0, 0, "red")
+        file.write_bytes(whole)
 
 
 def test_the_command_writes_table_picture_and_json(spec, made, tmp_path: Path) -> None:

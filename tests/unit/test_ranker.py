@@ -1,10 +1,9 @@
-"""Examples without leaks, metrics against scikit-learn and by hand, ranker = its ONNX graphs."""
+"""Rankers: examples are read once each, every model learns what is there, ranker = its ONNX graphs."""
 
 from __future__ import annotations
 
 import io
 import json
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import onnxruntime
@@ -17,12 +16,10 @@ from torchrec.optim import RowWiseAdagrad
 
 from build.ranker_onnx import example_inputs, export_ranker
 from sightline.errors import ConfigError, DataError, ReleaseError
-from sightline.profile import ProfileConfig, UserProfiles
-from sightline.schema import INTERACTIONS, ITEMS, read_items, write_dataset
+from sightline.schema import read_items
 from sightline.tokens import TokenSpec
 from tests.factories import tiny_ranker
-from trainer import metrics
-from trainer.examples import Columns, Vocabulary, stream_examples, write_examples
+from trainer.examples import stream_examples
 from trainer.ranker import RankerConfig, bayes_auc, fit, optimizer, predict, tensors, train_ranker
 from trainer.ranker_model import (
     MODELS,
@@ -34,9 +31,8 @@ from trainer.ranker_model import (
     item_weights,
     new_ranker,
 )
-from trainer.splits import TEST, TRAIN, VALID, Split
+from trainer.splits import TEST, TRAIN, VALID
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
 ARM_NAMES = ("ids", "item_tokens", "profile", "positive", "tokens")
 
 
@@ -47,131 +43,6 @@ def trained(catalogue, tmp_path_factory):
     captions = dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True))
     config = RankerConfig(arms=ARM_NAMES, seeds=2, epochs=2, batch=256)
     return out, train_ranker(catalogue, captions, "v-test", out, config)
-
-
-def _log(folder, events):
-    """events: (user, item, seconds, label). Items 1…9 exist."""
-    items = [{"item_id": i, "media": None, "media_uri": None, "media_type": None,
-              "created_at": START - timedelta(days=1), "text": None} for i in range(1, 10)]  # fmt: skip
-    rows = [{"user_id": u, "item_id": i, "timestamp": START + timedelta(seconds=s), "label": float(y)}
-            for u, i, s, y in events]  # fmt: skip
-    log = pa.Table.from_pylist(rows, INTERACTIONS)
-    log = log.append_column("context_hour", pa.array([0] * len(rows), pa.int32()))
-    write_dataset(folder, pa.Table.from_pylist(items, ITEMS), log, {"name": "x"})
-    return log
-
-
-def _profiles_of(folder, events, **config):
-    """Examples of the log, item i having token 10 + i, and the profiles after it."""
-    log = _log(folder, events)
-    split = Split(valid_from=int(2e18), test_from=int(3e18))
-    tokens = {item: np.array([10 + item, 0], dtype=np.int64) for item in range(1, 10)}
-    profiles = UserProfiles(ProfileConfig(**{"length": 4, "half_life": 1e9} | config), np.arange(100), np.ones(100))
-    write_examples(folder, folder / "e.parquet", Columns.of(log, split), split, tokens, profiles)
-    return pq.read_table(folder / "e.parquet"), profiles
-
-
-def test_profiles_never_see_the_present_or_the_future(tmp_path):
-    events = [(1, 1, 0, 1), (1, 2, 5, 1), (1, 3, 5, 0), (1, 4, 9, 0), (2, 1, 9, 1), (1, 5, 12, 1), (1, 6, 13, 0)]
-    table, profiles = _profiles_of(tmp_path, events)
-    likes, dislikes = (
-        [set(row) - {0} for row in table[name].to_pylist()] for name in ("profile_tokens", "profile_negative_tokens")
-    )
-    # The two events of second 5 do not see each other; items are liked or disliked; users are apart.
-    assert likes == [set(), {11}, {11}, {11, 12}, set(), {11, 12}, {11, 12, 15}]
-    assert dislikes == [set(), set(), set(), {13}, set(), {13, 14}, {13, 14}]
-    # The last events are there for serving.
-    assert set(profiles.read(2).tokens.tolist()) == {11, 0}
-    assert set(profiles.read(1).negative_tokens.tolist()) == {13, 14, 16, 0}
-
-
-HISTORY = [(1, 1, 0, 1), (1, 2, 5, 0)]
-LEAKS = {
-    "its own label": ([(1, 3, 9, 0)], [(1, 3, 9, 1)]),
-    "its own item": ([(1, 3, 9, 1)], [(1, 4, 9, 1)]),
-    "a later event": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 10, 1)]),
-    "a later dislike": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 10, 0)]),
-    "an event of the same instant, after it": ([(1, 3, 9, 1)], [(1, 3, 9, 1), (1, 5, 9, 1)]),
-    "a dislike of the same instant, before it": ([(1, 3, 9, 1)], [(1, 5, 9, 0), (1, 3, 9, 1)]),
-    "another user's event": ([(1, 3, 9, 1)], [(2, 5, 8, 1), (1, 3, 9, 1)]),
-}
-
-
-@pytest.mark.parametrize("leak", LEAKS)
-def test_planted_leaks_change_nothing(tmp_path, leak):
-    """The example at second 9 has the same features, whatever else happens then or later."""
-    found = []
-    for number, events in enumerate(LEAKS[leak]):
-        table, _ = _profiles_of(tmp_path / str(number), HISTORY + events)
-        row = len(HISTORY) + [user for user, item, *_ in events].index(1)
-        if leak.startswith("a dislike of the same instant"):
-            row = len(HISTORY) + len(events) - 1
-        columns = [name for name in table.column_names if name.startswith("profile")] + ["dense"]
-        found.append(table.select(columns).to_pylist()[row])
-    assert found[0] == found[1]
-    assert sum(found[0]["profile_weights"]) > 0 < sum(found[0]["profile_negative_weights"])  # it has a history
-
-
-def test_an_earlier_event_does_change_the_profile(tmp_path):
-    """What the planted leaks would do if they were seen."""
-    changed = [
-        _profiles_of(tmp_path / str(item), [*HISTORY, (1, item, 6, 1), (1, 3, 9, 1)])[0]["profile_tokens"][3].as_py()
-        for item in (5, 6)
-    ]
-    assert changed[0] != changed[1]
-
-
-def test_the_strength_of_a_logged_event_counts(tmp_path):
-    """Where the log has it, a profile is made of it and not of the label; the labels stay what they were."""
-    log = _log(tmp_path, events := [(1, 1, 0, 1), (1, 2, 5, 0), (1, 3, 9, 1)])
-    at = log.schema.get_field_index("context_hour")
-    logged = log.add_column(at, "strength", pa.array([-0.5, 1.0, 0.0], pa.float32()))
-    write_dataset(tmp_path, read_items(tmp_path), logged, {"name": "x"})
-    split = Split(valid_from=int(2e18), test_from=int(3e18))
-    columns = Columns.of(logged, split)
-    assert columns.mean_strength == pytest.approx(0.5 / 3)
-    assert Columns.of(log, split).mean_strength == pytest.approx(1 / 3)
-    tokens = {item: np.array([10 + item], dtype=np.int64) for item in range(1, 10)}
-    profiles = UserProfiles(ProfileConfig(length=4, prior_strength=0.0), np.arange(100), np.ones(100, np.float32))
-    write_examples(tmp_path, tmp_path / "e.parquet", columns, split, tokens, profiles)
-    table = pq.read_table(tmp_path / "e.parquet")
-    assert set(table["profile_tokens"][2].as_py()) == {12, 0}
-    assert set(table["profile_negative_tokens"][2].as_py()) == {11, 0}
-    assert table["label"].to_pylist() == [label for *_, label in events]
-
-
-def test_only_training_rows_have_table_rows_and_cold_is_what_nothing_was_fitted_on(tmp_path):
-    """A row of a table that training never reaches is noise: users and items of validation alone are strangers."""
-    log = _log(tmp_path, [(1, 1, 0, 1), (1, 2, 1, 0), (2, 3, 5, 1), (3, 1, 6, 0), (4, 4, 9, 1)])
-    second = int(START.timestamp() * 1e6), 1_000_000
-    split = Split(valid_from=second[0] + 5 * second[1], test_from=second[0] + 9 * second[1])
-    columns = Columns.of(log, split)
-    assert columns.users.ids.tolist() == [1]
-    assert columns.items.ids.tolist() == [1, 2]
-    assert columns.met.tolist() == [1, 2, 3]
-    assert columns.mean_strength == 0
-
-
-def test_a_log_without_context_is_refused(tmp_path):
-    log = _log(tmp_path, [(1, 1, 0, 1)]).drop_columns(["context_hour"])
-    with pytest.raises(DataError, match="context_<name>"):
-        Columns.of(log, Split(valid_from=int(2e18), test_from=int(3e18)))
-
-
-def test_rows_out_of_time_order_are_refused(tmp_path):
-    log = _log(tmp_path, [(1, 1, 9, 1), (1, 2, 5, 0)])
-    split = Split(valid_from=int(2e18), test_from=int(3e18))
-    with pytest.raises(DataError, match="time order"):
-        write_examples(
-            tmp_path, tmp_path / "e.parquet", Columns.of(log, split), split, {},
-            UserProfiles(ProfileConfig(), np.arange(2), np.ones(2)),
-        )  # fmt: skip
-
-
-def test_vocabulary_gives_0_to_strangers():
-    vocabulary = Vocabulary(ids=np.array([3, 7, 9]))
-    assert vocabulary.index(np.array([9, 1, 3, 100, 7, 8])).tolist() == [3, 0, 1, 0, 2, 0]
-    assert vocabulary.rows == 4
 
 
 def test_stream_gives_every_row_once_and_parts_are_by_time(trained, catalogue):
@@ -489,6 +360,23 @@ def test_padding_weighs_nothing():
     assert item_weights(amounts).tolist() == wanted
 
 
+def test_amounts_of_a_token_add_up_and_travel_with_the_weights():
+    """Ids 4 and 5 are a third and two of the token in row 3: whatever reads the weights knows it."""
+    base, amount = np.array([0, 1, 2, 3, 3, 3]), np.array([0, 1, 1, 1, 1 / 3, 2], np.float32)
+    shape = RankerShape(**SMALL | {"user_negative": False}, user_profile=False)
+    model = new_ranker(shape, 0, (base, amount))
+    found = model.features.tokens({"item_tokens": torch.tensor([[4, 5, 2, 0]])})["item_tokens"]
+    assert found[0].tolist() == [[3, 3, 2, 0]]
+    assert found[1][0].tolist() == pytest.approx([w / (1 / 3 + 2 + 1) ** 0.5 for w in (1 / 3, 2, 1, 0)])
+    again = new_ranker(shape, 1)  # as an export does: shape and weights alone
+    again.load_state_dict(model.state_dict())
+    batch = {"item_tokens": torch.tensor([[4, 5, 2, 0]]), "user_index": torch.zeros(1, dtype=torch.long),
+             "item_index": torch.zeros(1, dtype=torch.long), "context": torch.zeros(1, 1, dtype=torch.long),
+             "dense": torch.zeros(1, 3)}  # fmt: skip
+    assert torch.equal(again(batch), model(batch))
+    assert not torch.equal(new_ranker(shape, 0)(batch), model(batch))
+
+
 def test_arms_have_their_features():
     base = {"users": 2, "items": 2, "context": {"hour": 24}, "token_rows": 5, "dense": 3}
     assert RankerShape(**base, item_tokens=False, user_profile=False).features == ["user", "item", "context_hour"]
@@ -505,65 +393,6 @@ def test_bad_shape(bad):
     base = {"users": 2, "items": 2, "context": {"hour": 24}, "token_rows": 5, "dense": 3}
     with pytest.raises(ConfigError, match="expected"):
         RankerShape(**base | bad)
-
-
-def test_metrics_by_hand():
-    label, score = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.2])
-    found = metrics.ranking_metrics(label, score, np.array([1, 1, 2, 2]))
-    assert found["auc"] == roc_auc_score(label, score) == 0.75
-    assert found["gauc"] == 0.5  # 1 for the first user, 0 for the second
-    assert found["calibration"] == pytest.approx(score.mean() / 0.5)
-    assert metrics.ranking_metrics(label, np.full(4, 0.5), np.arange(4))["ne"] == pytest.approx(1)
-
-
-def test_weighted_auc_is_scikit_learns():
-    rng = np.random.default_rng(0)
-    label, score = rng.uniform(size=500) < 0.3, rng.integers(0, 40, 500) / 40  # many ties
-    weight = rng.integers(0, 4, 500)
-    ours = metrics._WeightedAuc(label, score)(weight)
-    assert ours == pytest.approx(roc_auc_score(label, score, sample_weight=weight), abs=1e-12)
-    assert np.isnan(metrics._WeightedAuc(label, score)(weight * label))
-
-
-def test_weighted_auc_within_groups_is_the_weighted_mean_of_scikit_learns():
-    rng = np.random.default_rng(1)
-    user = 7 * rng.integers(0, 30, 500)
-    label, score = rng.uniform(size=500) < 0.2, rng.integers(0, 9, 500) / 9
-    weight = rng.integers(0, 4, 500)
-    wanted = [
-        (roc_auc_score(label[at], score[at], sample_weight=weight[at]), weight[at].sum())
-        for at in (user == one for one in np.unique(user))
-        if len(set(label[at & (weight > 0)])) == 2
-    ]
-    assert 10 < len(wanted) < 30  # some users have one label alone
-    ours = metrics._WeightedAuc(label, score, user)(weight)
-    assert ours == pytest.approx(sum(auc * rows for auc, rows in wanted) / sum(rows for _, rows in wanted), abs=1e-12)
-    plain = metrics._WeightedAuc(label, score, user)(np.ones(500, int))
-    assert plain == pytest.approx(metrics.ranking_metrics(label, np.clip(score, 0.01, 0.99), user)["gauc"], abs=1e-12)
-
-
-def test_interval_covers_no_difference_and_finds_a_real_one():
-    rng = np.random.default_rng(0)
-    user, truth = rng.integers(0, 60, 3000), rng.uniform(size=3000)
-    label = (rng.uniform(size=3000) < truth).astype(float)
-    blind, seeing = truth + rng.normal(0, 2, 3000), truth + rng.normal(0, 0.2, 3000)
-    low, high = metrics.lift_interval(label, user, [blind], [seeing], draws=60)
-    assert 0 < low < high
-    again = blind + rng.normal(0, 0.01, 3000)
-    low, high = metrics.lift_interval(label, user, [blind], [again], draws=60)
-    assert low < 0 < high
-
-
-def test_caption_metrics_by_hand():
-    from catalogue.attributes import caption_slots
-
-    found = metrics.caption_metrics(
-        ["mug, red, small, single, on wood", "nonsense"],
-        ["mug, red, large, single, on wood", "shoe, blue, small, single, on sand"], caption_slots,
-    )  # fmt: skip
-    # 5 of 6 claimed slots right (plain counts), 12 wanted.
-    assert found["attribute_f1"] == pytest.approx(2 * 5 / (6 + 12))
-    assert found["exact_match"] == 0
 
 
 @pytest.mark.parametrize(
