@@ -4,6 +4,7 @@ BIN := .venv/bin
 # Threads that wait must not spin: on a busy machine a spinning pair is many times slower.
 export OMP_WAIT_POLICY ?= passive
 RELEASE := artifacts/releases/current
+RAY := .tools/ray
 # What `make build-engines` builds from: a folder with captioner/ and ranker/, by default the demo's.
 RUN ?= artifacts/demo/synthetic
 LANE ?= cpu
@@ -12,7 +13,7 @@ PLANNED_GPUS := h200$(if $(filter trtllm,$(LANE)), 2xa10)
 SHAPE := llava-1.5-7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint doctor build-engines serve evaluate quality bench bench-store clean
+.PHONY: help setup demo test ray test-ray lint doctor build-engines serve evaluate quality bench bench-store bench-hot soak chaos clean
 
 help:           ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,11 @@ demo: setup     ## Generate data, train, build, serve and rank; DATA=dir: on a d
 
 test: setup     ## Run all tests (unit, contract, end to end); T="-k name" passes options to pytest
 	@$(BIN)/python -m pytest -q $(T)
+
+ray: $(RAY)/ready  ## Make .tools/ray: .venv and Ray Data, for `.tools/ray/bin/python -m sightline.cli caption run --ray`
+
+test-ray: ray   ## Run the tests that need Ray
+	@$(RAY)/bin/python -m pytest -q tests/end_to_end/test_ray.py $(T)
 
 lint: setup     ## ruff on everything, strict typing on sightline/ and client/
 	@$(BIN)/ruff check .
@@ -57,9 +63,27 @@ bench: setup $(RELEASE)  ## Measure every model and the ensemble with perf_analy
 bench-store: setup  ## Measure the feature store's reads beside bare LMDB and Redis; BENCH="--runs 50" passes options
 	@$(BIN)/python -m benchmarks.store $(BENCH)
 
+bench-hot: setup  ## Measure rank_items beside FastAPI, LitServe, BentoML and Ray Serve (20 minutes); BENCH="--quick" passes options
+	@$(BIN)/python -m benchmarks.hot $(BENCH)
+
+soak: setup     ## Ten minutes of rank_items at 70 % of capacity while the store changes; BENCH="--minutes 60" passes options
+	@$(BIN)/python -m benchmarks.soak $(BENCH)
+
+chaos: setup    ## Kill every part under load: what clients see, how long it lasts; BENCH="--faults redis" passes options
+	@$(BIN)/python -m benchmarks.chaos $(BENCH)
+
 clean:          ## Remove environment, tools and caches; artifacts/ (data, models, reports) stays
 	rm -rf .venv .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Sees what .venv has, editable installs included, and adds the pins that requirements.lock does not have.
+$(RAY)/ready: deploy/requirements-ray.lock requirements.lock | setup
+	@$(BIN)/python -m venv --clear --without-pip $(RAY)
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > $(RAY)/lib/python3.11/site-packages/venv.pth
+	@$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r deploy/requirements-ray.lock
+	@$(RAY)/bin/python tools/closure.py deploy/requirements-ray.lock
+	@touch $@
 
 $(RELEASE): | setup
 	@echo "There is no release yet: the demo trains and builds one (about 12 minutes)."

@@ -125,7 +125,7 @@ def infer(client: Any, model: str, tensors: Tensors) -> Tensors:
         tensor.set_data_from_numpy(value[None])
         wire.append(tensor)
     try:
-        answer = client.infer(model, wire)
+        answer = client.infer(model, wire, parameters={"fresh": 1})  # captions are made, not read
     except triton.InferenceServerException as error:
         raise ServingError(f"{model}: {error.message()}") from error
     return {output.name: answer.as_numpy(output.name)[0] for output in answer.get_response().outputs}

@@ -57,6 +57,7 @@ def measure(model: str, *, url: str, inputs: Path, concurrency: int, window_requ
         table = Path(folder) / "latency.csv"
         command = [
             str(TOOL), "-m", model, "-u", url, "-i", "grpc", "--async", "--input-data", str(inputs),
+            "--request-parameter", "fresh:1:int",  # captions are made, not read
             "--concurrency-range", str(concurrency), "--warmup-request-count", str(2 * concurrency),
             *WINDOWS, "--measurement-request-count", str(window_requests), "-f", str(table),
         ]  # fmt: skip

@@ -39,6 +39,7 @@ def run_redis(folder: Path, *options: str, port: int = 0, password: str | None =
     if PROGRAM is None:
         raise StoreError(MISSING)
     port = port or free_port()
+    folder.mkdir(parents=True, exist_ok=True)
     secret = ["--requirepass", password] if password else []
     process = subprocess.Popen(
         [PROGRAM, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes",
@@ -51,7 +52,9 @@ def run_redis(folder: Path, *options: str, port: int = 0, password: str | None =
         yield port, process.pid
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _wait(process: subprocess.Popen[str], client: redis.Redis) -> None:

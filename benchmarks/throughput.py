@@ -15,6 +15,7 @@ import itertools
 import json
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +34,7 @@ from serving.triton import TritonServer
 from sightline import release
 from sightline.errors import ConfigError
 
+FLUSHED = 2.5  # seconds after which a model's metrics are at the server
 MODELS = ("rank_media", "caption", "vision_encoder", "tensorrt_llm", "tokenize", "lookup", "embed", "score")
 PATH = ("caption", "tokenize", "embed", "score")  # lookup runs beside caption
 STAND_IN_BACKENDS = ("onnxruntime", "tensorrtllm")
@@ -113,7 +115,7 @@ def measure(
                          f"{best[model].alone_ms:>8.2f} ms alone")
 
         points: dict[tuple[str, int], list[Measurement]] = {}
-        profiles = [_walk(client, rows["rank_media"]) for _ in range(options.runs)]
+        profiles = [_walk(server, client, rows["rank_media"]) for _ in range(options.runs)]
         for run, concurrency, model in itertools.product(range(options.runs), options.concurrency, MODELS):
             point = perf_analyzer.measure(
                 model, url=server.url, inputs=folder / f"{model}.json", concurrency=concurrency,
@@ -174,23 +176,32 @@ Totals = dict[str, tuple[int, int]]
 """Per model since the server's start: nanoseconds in all, nanoseconds in queues."""
 
 
-def _walk(client: Any, rows: list[Tensors]) -> dict[str, float]:
+def _walk(server: TritonServer, client: Any, rows: list[Tensors]) -> dict[str, float]:
     """Send `rows` through `rank_media` one after the other, with nothing else going on; where did the time go?
 
     perf_analyzer leaves requests half-way when it ends, so the server's statistics would not match its own.
     """
-    before, start = _totals(client), time.perf_counter()
+    before, start = _totals(server, client), time.perf_counter()
     for row in rows:
         infer(client, "rank_media", row)
-    return _profile((time.perf_counter() - start) * 1e3, len(rows), before, _totals(client))
+    spent = (time.perf_counter() - start) * 1e3
+    return _profile(spent, len(rows), before, _totals(server, client))
 
 
-def _totals(client: Any) -> Totals:
+def _totals(server: TritonServer, client: Any) -> Totals:
+    """Nanoseconds by model: of answers, and in the queue. Triton takes `caption` for done when it has taken a request,
+    so its time comes from its own metrics, which it sends every second.
+    """
+    time.sleep(FLUSHED)
     def part(model: dict[str, Any], name: str) -> int:
         return int(model.get("inference_stats", {}).get(name, {}).get("ns", 0))
 
     models = client.get_inference_statistics(as_json=True)["model_stats"]
-    return {model["name"]: (part(model, "success"), part(model, "queue")) for model in models}
+    found = {model["name"]: (part(model, "success"), part(model, "queue")) for model in models}
+    with urllib.request.urlopen(server.metrics_url) as page:
+        lines = page.read().decode().splitlines()
+    captions = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("sightline_caption_seconds_sum{")]
+    return found | {"caption": (int(sum(captions) * 1e9), found["caption"][1])}
 
 
 def _profile(client_ms: float, requests: int, before: Totals, after: Totals) -> dict[str, float]:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-import pyarrow.parquet as pq
 
 from build.execute import execute
 from build.gpu_config import write_engine_config, write_onnx_configs
 from build.plan import NODE, ExportOptions, Plan, cpu_plan
 from build.render import read_config, render
+from build.warmup import warm_up, warm_up_decoder
 from sightline import __version__, release
 from sightline.errors import ReleaseError
+from sightline.features import FEATURES
 from sightline.media import MediaSpec
 from sightline.node import TENSORRT_LLM
 from sightline.prompt import CaptionPrompt, captioner_version
@@ -41,14 +42,7 @@ ANNOTATED: frozenset[Kind] = frozenset({"semantic", "confidence", "sample"})
 ENGINE_MODELS, LLMAPI_CAPTION = ("vision_encoder", "tensorrt_llm"), "caption_llmapi"
 STAND_INS = {"onnxruntime": "onnxruntime (python, CPU)", "tensorrtllm": "tensorrtllm (python, CPU)"}
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "nvidia-pytriton")
-# What `lookup` reads of a user, beside its index; tensors have the same names in capitals.
-USER_FEATURES = (
-    "profile_tokens",
-    "profile_weights",
-    "profile_negative_tokens",
-    "profile_negative_weights",
-    "dense",
-)
+PROFILE = ("PROFILE_TOKENS", "PROFILE_WEIGHTS", "PROFILE_NEGATIVE_TOKENS", "PROFILE_NEGATIVE_WEIGHTS")
 # Rows of one ranking request that TensorRT optimises `embed` and `score` for.
 RANKER_BATCH = 256
 
@@ -112,14 +106,19 @@ def build_release(
         for model, rows in batches.items():
             configs[model] = render(models / model / "config.pbtxt", {}, max_batch_size=rows)
         render(models / "caption" / "config.pbtxt", {}, _caption_parameters(plan, configs))
-        ensemble = models / "rank_media" / "config.pbtxt"
-        render(ensemble, {}, {"context": json.dumps(ranker["context"])})
+        entries = [models / model / "config.pbtxt" for model in ("rank_media", "rank_items")]
+        for entry in entries:
+            render(entry, {}, {"context": json.dumps(ranker["context"])})
         _write_gpu_configs(plan, models)
+        warm_up(models, [name for name in ("tokenize", "embed", "score", "vision_encoder") if name in configs])
+        if not llmapi:
+            warm_up_decoder(models, prompt, vision["tokens"])
         for path in staged.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as somebody else
         backends = {config.backend for config in configs.values()}
         identity = release.release_id(plan.lane, staged)
-        render(ensemble, {}, {"release": identity})
+        for entry in entries:
+            render(entry, {}, {"release": identity})
         manifest = Manifest(
             release=identity, created_at=datetime.now(UTC), lane=plan.lane, components=components,
             stand_ins=[name for backend, name in STAND_INS.items() if backend in backends],
@@ -142,9 +141,10 @@ def work_folder(releases_dir: Path) -> Path:
 
 
 def source_batch() -> int:
-    """Rows that every model around the decoder takes: the smallest `max_batch_size` of the model repository."""
-    others = (path for path in SOURCE.glob("*/config.pbtxt") if path.parent.name not in ENGINE_MODELS)
-    return min(read_config(path).max_batch_size for path in others)
+    """Rows that the ensemble takes around the decoder: the smallest `max_batch_size` of its steps and its own."""
+    ensemble = read_config(SOURCE / "rank_media" / "config.pbtxt")
+    steps = (read_config(SOURCE / step.model_name / "config.pbtxt") for step in ensemble.ensemble_scheduling.step)
+    return min(config.max_batch_size for config in (ensemble, *steps))
 
 
 def _ignored(llmapi: bool) -> Callable[[Any, list[str]], set[str]]:
@@ -285,8 +285,14 @@ def _place_ranker(part: Path, models: Path) -> None:
     for model in ("embed", "score"):
         shutil.copy(part / f"{model}.onnx", models / model / "1" / "model.onnx")
     shutil.copy(part / "token_spec.json", models / "tokenize" / "1")
-    for table in ("users.parquet", "items.parquet"):
-        shutil.copy(part / table, models / "lookup" / "1")
+    for name in ("ranker.json", "token_spec.json"):
+        shutil.copy(part / name, models / "events" / "1")
+    for model in ("lookup", "rank_items"):
+        for name in ("ranker.json", "users.parquet", "items.parquet"):
+            shutil.copy(part / name, models / model / "1")
+    for graph in ("items.onnx", "rank.onnx"):
+        shutil.copy(part / graph, models / "rank_items" / "1")
+    shutil.copytree(part / FEATURES, models.parent / FEATURES)
 
 
 def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int]]:
@@ -307,11 +313,12 @@ def _ranker_dims(models: Path, ranker: dict[str, Any]) -> dict[str, Sequence[int
                 raise ReleaseError(
                     f"{model}.onnx: {tensor.name} is {exact}, embed.onnx gives {dims[tensor.name]}"
                 )
-    row = pq.read_table(models / "lookup" / "1" / "users.parquet").slice(0, 1).to_pylist()[0]
+    length = ranker["profile"]["length"]
     for tensor, source, expected in (
         ("CONTEXT", "ranker.json: context", len(ranker["context"])),
         ("ITEM_TOKENS", "ranker.json: token_length", ranker["token_length"]),
-        *((name.upper(), f"users.parquet: {name}", len(row.get(name, ()))) for name in USER_FEATURES),
+        *((name, "ranker.json: profile length", length) for name in PROFILE),
+        ("DENSE", "ranker.json: dense", len(ranker["dense"])),
     ):
         if list(dims[tensor]) != [expected]:
             raise ReleaseError(

@@ -40,7 +40,8 @@ ENGINE_ARCHITECTURE = "LlavaForConditionalGeneration"
 LENGTHS = {"max_input_len": "--max_input_len", "max_seq_len": "--max_seq_len", "max_num_tokens": "--max_num_tokens"}
 LARGE = 2**26  # bytes; files above are hashed once and remembered
 # Versions that change what an own step writes.
-EXPORTING = ("build", "trainer/captioner_model.py", "trainer/ranker_model.py")  # what the exported graphs come from
+EXPORTING = ("build", "trainer/captioner_model.py", "trainer/ranker_model.py",
+             "trainer/item_graphs.py")  # what the exported graphs come from  # fmt: skip
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "torchrec")
 # The step that looks at the node: the engine is for what stands in the plan.
 NODE = "node"

@@ -22,8 +22,10 @@ from build import precision
 from build.decoder import write_decoder
 from build.ranker_onnx import example_inputs, export_ranker
 from build.vision_onnx import export_vision
-from sightline.lookup import Lookup
+from sightline.features import FEATURES
+from sightline.lookup import Tables
 from sightline.media import MediaSpec
+from sightline.store.transfer import count_rows
 from sightline.words import WordHead
 
 SYNTHETIC = 8  # seeded random inputs where a folder has no check.npz
@@ -92,7 +94,7 @@ def _ranker(source: Path, out: Path, wanted: str, *, int8: bool) -> None:
     else:
         feed = {name: value.numpy() for name, value in example_inputs(document).items()}
         label, inputs = None, "seeded random rows (the folder has no check.npz)"
-    checks: dict[str, Any] = {"embed_error": document["embed_error"], "score_error": document["score_error"]}
+    checks: dict[str, Any] = {name: document[name] for name in document if name.endswith("_error")}
     if wanted == "fp16":
         checks["gpu"] = precision.fp16_ranker(out, feed, label, inputs)
     if int8:
@@ -101,7 +103,11 @@ def _ranker(source: Path, out: Path, wanted: str, *, int8: bool) -> None:
     (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
     for name in ("token_spec.json", "users.parquet", "items.parquet"):
         shutil.copyfile(source / name, out / name)
-    Lookup(out)  # the server reads these tables at its start; better no release than one that does not load
+    shutil.copytree(source / FEATURES, out / FEATURES)
+    # The server reads these tables at its start; better no release than one that does not load.
+    Tables(out)
+    for name in ("items", "users"):
+        count_rows(out / FEATURES / f"{name}.parquet")
 
 
 if __name__ == "__main__":

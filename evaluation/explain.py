@@ -27,7 +27,10 @@ from rich.text import Text
 from build.render import read_config
 from sightline.annotation import plain
 from sightline.errors import ConfigError, ReleaseError
-from sightline.lookup import Lookup
+from sightline.features import FEATURES
+from sightline.lookup import Tables, tensors
+from sightline.store import UserRecord, open_store
+from sightline.store.transfer import count_rows, find_user
 from sightline.tokens import TokenSpec
 
 __all__ = ["Explanation", "Occlusion", "Scorer", "explain", "plot", "table"]
@@ -70,15 +73,20 @@ class Explanation:
 class Scorer:
     """The ranker of a release, from its own files: tables, `embed` and `score`, as the server has them.
 
+    Args:
+        store: location of the feature store with the users' profiles; None: as they were when the ranker was trained.
+
     Raises:
         ReleaseError: the folder is no release, or a file of it is missing or cannot be read.
     """
 
-    def __init__(self, release_dir: Path) -> None:
+    def __init__(self, release_dir: Path, store: str | None = None) -> None:
         models = release_dir / "model_repository"
+        self._trained, self._store = release_dir / FEATURES / "users.parquet", store
         try:
             self.spec = TokenSpec.load(models / "tokenize" / "1" / "token_spec.json")
-            self._lookup = Lookup(models / "lookup" / "1")
+            self._tables = Tables(models / "lookup" / "1")
+            count_rows(self._trained)
             self._embed, self._score = (
                 onnxruntime.InferenceSession(models / name / "1" / "model.onnx", providers=["CPUExecutionProvider"])
                 for name in ("embed", "score")
@@ -102,14 +110,22 @@ class Scorer:
             if name not in self.columns or not 0 <= value < self.columns[name]:
                 known = ", ".join(f"{n}=0…{c - 1}" for n, c in self.columns.items()) or "none"
                 raise ConfigError(f"--context {name}={value}: this ranker's context is {known}")
-        found = self._lookup(np.array([user]), np.array([item]))
-        known = (int(table.rows(np.array([key]))[0]) > 0
-                 for table, key in ((self._lookup.users, user), (self._lookup.items, item)))  # fmt: skip
+        record = self._user(user)
+        profile = record.profile if record else self._tables.stranger
+        rows = {"USER_INDEX": self._tables.users(np.array([user])), "ITEM_INDEX": self._tables.items(np.array([item]))}
+        known = (bool(index[0] > 0) for index in rows.values())
         return {
-            **{name: value[0] for name, value in found.items()},
+            **rows,
+            **{name: value[0] for name, value in tensors(profile).items()},
             "CONTEXT": np.array([context.get(name, 0) for name in self.columns], np.int64),
             "ITEM_TOKENS": self.spec.encode(caption),
         }, *known
+
+    def _user(self, user: int) -> UserRecord | None:
+        if self._store is None:
+            return find_user(self._trained, user)
+        with open_store(self._store, readonly=True) as store:
+            return store.read_user(user, [self._tables.versions.users.version]).record
 
     def score(self, rows: list[Row]) -> NDArray[np.float32]:
         """SCORE FP32 [len(rows)]."""
@@ -125,8 +141,9 @@ def _inputs(session: onnxruntime.InferenceSession, batch: Row) -> Row:
 
 
 def explain(
-    release_dir: Path, user: int, item: int, caption: str, context: Mapping[str, int] | None = None
-) -> Explanation:
+    release_dir: Path, user: int, item: int, caption: str, context: Mapping[str, int] | None = None, *,
+    store: str | None = None,
+) -> Explanation:  # fmt: skip
     """Score a user and an item with and without every word of the caption and every token of the user's profile.
 
     Args:
@@ -134,11 +151,12 @@ def explain(
         user, item: ids; unknown ones are scored with the fallback rows, as the server does.
         caption: of the item, with or without fields.
         context: context column → value; 0 for those that are left out.
+        store: as `Scorer` takes it.
 
     Raises:
-        ReleaseError, ConfigError, TokenSpecError: as `Scorer`.
+        ReleaseError, ConfigError, TokenSpecError: as `Scorer`. StoreError: the store cannot be read.
     """
-    scorer, context = Scorer(release_dir), context or {}
+    scorer, context = Scorer(release_dir, store), context or {}
     whole, user_known, item_known = scorer.row(user, item, caption, context)
     taken = [("caption", word, ids) for word, ids in _ids_of_words(scorer.spec, caption).items()]
     rows = [{**whole, "ITEM_TOKENS": _without(whole["ITEM_TOKENS"], ids)} for _, _, ids in taken]

@@ -15,8 +15,9 @@ from pathlib import Path
 from serving.runtime import choose_port
 from sightline import __version__
 from sightline.errors import ReleaseError, ServingError
-from sightline.node import CACHE, MOUNT
+from sightline.node import CACHE, MOUNT, STATE
 from sightline.release import Manifest, verify
+from sightline.store.location import PASSWORD, absolute, is_server
 
 IMAGE = f"sightline:{__version__}"
 BUILD = f"docker build --tag {IMAGE} --file deploy/Containerfile ."
@@ -80,8 +81,9 @@ def gpu_release(release_dir: Path) -> Manifest:
 
 
 def run_command(
-    release_dir: Path, release: str, *, host: str, grpc_port: int, http_port: int, metrics_port: int
-) -> list[str]:
+    release_dir: Path, release: str, *, host: str, grpc_port: int, http_port: int, metrics_port: int, store: str,
+    queue: str | None,
+) -> list[str]:  # fmt: skip
     """The `docker run` argv that serves `release_dir`, which has the id `release`; ports are those of this machine."""
     ports = [(http_port, HTTP_PORT), (grpc_port, GRPC_PORT), (metrics_port, METRICS_PORT)]
     source = str(release_dir.resolve())  # `current` may move on while the container runs
@@ -98,15 +100,27 @@ def run_command(
         f"--mount=type=bind,source={source},target={MOUNT},readonly",
         # One for each release: see `claim_cache` in serving/container_entry.py.
         f"--mount=type=volume,source=sightline-cache-{release},target={CACHE}",
+        *_state("SIGHTLINE_STORE", store, f"{STATE}/features"),
+        *(_state("SIGHTLINE_QUEUE", queue, f"{STATE}/nearline") if queue else ()),
+        # A server's password is passed on by its name, so that no list of processes shows it.
+        *(f"--env={name}" for name in (PASSWORD,) if os.environ.get(name)),
         # Longer than the 30 s that Triton gives requests in flight.
         "--stop-timeout=40",
         IMAGE,
     ]  # fmt: skip
 
 
+def _state(variable: str, location: str, inside: str) -> list[str]:
+    """Options that give a python model a store or a queue: a folder of this machine is mounted."""
+    if is_server(location):
+        return [f"--env={variable}={location}"]
+    return [f"--mount=type=bind,source={absolute(location)},target={inside}", f"--env={variable}={inside}"]
+
+
 def serve_in_container(
-    release_dir: Path, *, host: str, grpc_port: int, http_port: int, metrics_port: int, print_only: bool
-) -> str:
+    release_dir: Path, *, host: str, grpc_port: int, http_port: int, metrics_port: int, store: str,
+    queue: str | None, print_only: bool,
+) -> str:  # fmt: skip
     """Become the container (Ctrl-C reaches it), or with `print_only` return its command, quoted for a shell.
 
     Raises:
@@ -120,11 +134,14 @@ def serve_in_container(
         metrics_port = choose_port("--metrics-port", host, metrics_port)
     command = run_command(
         release_dir, manifest.release,
-        host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
+        host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, store=store, queue=queue,
     )  # fmt: skip
     if print_only:
         return shlex.join(command)
     _require_image()
+    for location in (store, queue):
+        if location and not is_server(location):
+            Path(location).mkdir(parents=True, exist_ok=True)
     os.execvp(command[0], command)
 
 

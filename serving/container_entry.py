@@ -12,7 +12,9 @@ from pathlib import Path
 
 from serving.container import GRPC_PORT, HTTP_PORT, METRICS_PORT, gpu_release
 from sightline.errors import ServingError, SightlineError
-from sightline.node import BASE_IMAGE, PROBE, Node, require_node
+from sightline.features import seed
+from sightline.node import BASE_IMAGE, PROBE, STATE, Node, require_node
+from sightline.store import open_store
 
 
 def this_node() -> Node:
@@ -110,6 +112,13 @@ def main(arguments: list[str]) -> None:
                 manifest.engine, capabilities=node.capabilities, tensorrt_llm=node.tensorrt_llm, tensorrt=node.tensorrt
             )
         claim_cache(cache, manifest.release)
+        if "SIGHTLINE_STORE" not in os.environ:
+            raise ServingError(
+                f"SIGHTLINE_STORE: expected the location of the feature store, a folder mounted at {STATE}/features or "
+                "redis://host:port/db; `sightline serve --target gpu --store …` sets it"
+            )
+        with open_store(os.environ["SIGHTLINE_STORE"]) as store:
+            seed(release_dir, store)
         print(f"serving release {manifest.release} (lane {manifest.lane})", file=sys.stderr, flush=True)
         gpus = manifest.engine.gpus if manifest.engine else 1
         command = [*server_command(release_dir, gpus), *arguments[2:]]

@@ -78,20 +78,18 @@ class Runtime:
 def link_models(source: Path, folder: Path) -> list[str]:
     """Make `folder` a model repository of links into `source`; returns the models' names.
 
-    A stub writes bytecode beside a model.py (and heeds no PYTHONDONTWRITEBYTECODE), but a release has to stay what
-    was verified. So python files are copied, and only links lead to the rest.
+    A stub writes bytecode beside a model.py (and heeds no PYTHONDONTWRITEBYTECODE), and a model is loaded again by
+    giving its version folder a new time; but a release has to stay what was verified. So folders are made, python
+    files are copied, and links lead to the rest.
     """
     models = sorted(path for path in source.iterdir() if path.is_dir())
     folder.mkdir()
-    for model in models:
-        if not any(model.glob("*/model.py")):
-            (folder / model.name).symlink_to(model)
-            continue
-        for path in model.rglob("*"):
-            target = folder / path.relative_to(source)
-            if path.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, target) if path.suffix == ".py" else target.symlink_to(path)
+    for path in (path for model in models for path in (model, *sorted(model.rglob("*")))):
+        target = folder / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir()
+        else:
+            shutil.copy(path, target) if path.suffix == ".py" else target.symlink_to(path)
     return [model.name for model in models]
 
 

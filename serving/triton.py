@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import secrets
 import shutil
@@ -13,13 +12,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, Queue
 from types import TracebackType
 from typing import IO, Any, Self
 
 from serving.probe import canary
 from serving.runtime import Runtime, choose_port, link_models
+from serving.supervisor import Supervision, Supervisor
 from sightline.errors import ServingError
+from sightline.features import seed
 from sightline.release import verify
+from sightline.store import absolute, open_store, without_secrets
 
 # Waits until the pipe to the process that started the server is closed, on purpose or by its death; then ends
 # the server ($1, also its process group) and removes what it leaves: the run folder ($3) and, if it was
@@ -63,15 +66,25 @@ class TritonServer:
         grpc_port: int = 0,
         http_port: int = 0,
         metrics_port: int = 0,
+        store: str | None = None,
+        queue: str | None = None,
+        supervision: Supervision | None = None,
         log_path: str | Path | None = None,
         timeout: float = 300.0,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Port 0 takes a free one; `timeout` bounds the start in seconds; `progress` gets one line per step.
 
+        Args:
+            store: location of the feature store, which gets the release's features unless it has them; None: one that
+                ends with the server.
+            queue: location of the nearline queue; None: what could not be captioned in time is not queued.
+            supervision: how models whose process dies or hangs are brought back; None: they are not.
+
         Raises:
             ReleaseError: the release is damaged.
             ServingError: a port is busy, or the server's files are missing.
+            StoreError: the store cannot be reached.
         """
         self.release_dir = Path(release_dir).resolve()
         self.manifest = verify(self.release_dir)
@@ -84,17 +97,21 @@ class TritonServer:
         self.metrics_url = f"http://{host}:{self._metrics}/metrics"
         self.token = f"sightline_{os.getpid()}_{secrets.token_hex(4)}"
         self.log_path = Path(log_path or f"artifacts/logs/{self.token}.log").resolve()
+        self._store, self._queue, self._supervision = store, queue, supervision
+        self._supervisor: Supervisor | None = None
         self._timeout = timeout
         self._progress = progress
-        self._events: queue.Queue[tuple[str, str]] = queue.Queue()
+        self._events: Queue[tuple[str, str]] = Queue()
         self.start_seconds = 0.0
 
     def __enter__(self) -> Self:
         self._run_dir = Path(tempfile.mkdtemp(prefix=f"{self.token}_"))
         try:
+            self._fill_store()
             self._start()
             self._await_models()
             canary(self.url)
+            self._supervise()
         except BaseException:
             self.stop()
             raise
@@ -129,6 +146,9 @@ class TritonServer:
 
     def stop(self) -> None:
         """End the server, its stubs and its shared memory; nothing happens when they are gone."""
+        if self._supervisor:
+            self._supervisor.stop()
+            self._supervisor = None
         if hasattr(self, "_guard"):
             assert self._guard.stdin is not None
             self._guard.stdin.close()
@@ -137,6 +157,35 @@ class TritonServer:
             self._reader.join()
             del self._guard
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """As the arguments of the same names: what another server takes that is to replace this one."""
+        return {"grpc_port": self._grpc, "http_port": self._http, "metrics_port": self._metrics}
+
+    @property
+    def store(self) -> str:
+        """Location of the feature store."""
+        return self._store or str(self._run_dir / "features")
+
+    def _fill_store(self) -> None:
+        self._progress(f"features: {without_secrets(self.store)}")
+        with open_store(self.store) as store:
+            seed(self.release_dir, store)
+
+    def _environment(self) -> dict[str, str]:
+        own = {"SIGHTLINE_STORE": absolute(self.store)}
+        if self._queue is not None:
+            own["SIGHTLINE_QUEUE"] = absolute(self._queue)
+        return self._runtime.environment() | own
+
+    def _supervise(self) -> None:
+        if self._supervision:
+            self._supervisor = Supervisor(
+                self.url, self.pid, self._run_dir / "models", self._supervision,
+                patience=self._timeout, progress=self._progress,
+            )  # fmt: skip
+            self._supervisor.start()
 
     def _start(self) -> None:
         backends, repository = self._run_dir / "backends", self._run_dir / "models"
@@ -162,7 +211,7 @@ class TritonServer:
         self._progress(f"starting Triton with release {self.manifest.release}; log: {self.log_path}")
         self._started = time.monotonic()
         self._process = subprocess.Popen(
-            command, env=self._runtime.environment(), start_new_session=True, text=True, errors="replace",
+            command, env=self._environment(), start_new_session=True, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._guard = subprocess.Popen(
@@ -197,7 +246,7 @@ class TritonServer:
             left = self._started + self._timeout - time.monotonic()
             try:
                 kind, detail = self._events.get(timeout=max(left, 0))
-            except queue.Empty:
+            except Empty:
                 raise ServingError(
                     f"the models did not load within {self._timeout:.0f} s; "
                     f"the server's log is {self.log_path}"

@@ -19,6 +19,8 @@ BASE_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 TENSORRT_LLM, TENSORRT, PYTHON = "1.2.1", "10.14.1", "3.12"
 # Where the container finds the release, and where it keeps what TensorRT compiles at the first start.
 MOUNT, CACHE = "/release", "/var/cache/sightline"
+# And features and nearline queue, unless they are on a Redis server.
+STATE = "/var/lib/sightline"
 # For the image's own python3 (`python3 -c`), whose packages this environment does not see; `Node.parse` reads it.
 PROBE = """
 import json, subprocess, sys

@@ -42,7 +42,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 # The file that carries the release's own id, for clients to ask for; and what stands there before.
-ID_BEARER = "model_repository/rank_media/config.pbtxt"
+ID_BEARERS = tuple(f"model_repository/{model}/config.pbtxt" for model in ("rank_media", "rank_items"))
 UNPUBLISHED = "unpublished"
 
 
@@ -128,12 +128,14 @@ def hash_files(folder: Path) -> dict[str, str]:
 def release_id(lane: str, folder: Path, known: str = UNPUBLISHED) -> str:
     """The id follows from the content, so the same parts built twice are the same release.
 
-    One file carries the id itself; it counts as it was before the id was `known`.
+    Some files carry the id itself; they count as they were before the id was `known`.
     """
     files = hash_files(folder)
-    bearer = (folder / ID_BEARER).read_bytes().replace(known.encode(), UNPUBLISHED.encode())
-    lines = [f"{name} {digest}\n" for name, digest in sorted(files.items()) if name != ID_BEARER]
-    return f"{lane}-{hashlib.sha256(''.join(lines).encode() + bearer).hexdigest()[:12]}"
+    for name in ID_BEARERS:
+        before = (folder / name).read_bytes().replace(known.encode(), UNPUBLISHED.encode())
+        files[name] = hashlib.sha256(before).hexdigest()
+    lines = [f"{name} {digest}\n" for name, digest in sorted(files.items())]
+    return f"{lane}-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:12]}"
 
 
 def read_manifest(release_dir: Path) -> Manifest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sightline.annotation import Annotated
-from sightline.profile import DENSE
+from sightline.features import Versions
+from sightline.profile import DENSE, ProfileConfig, UserProfiles
+from sightline.store import Items, UserRecord
+from sightline.store.transfer import item_table, user_table
 from sightline.tokens import Kind, TokenSpec
 from trainer.captioner_model import BOS, CLIP_MEAN, CLIP_STD, EOS, IMAGE, PAD, save_captioner, train_tokenizer
 from trainer.ranker_model import RankerShape, new_ranker
@@ -78,7 +83,6 @@ def tiny_ranker(
 
     `options` go to RankerShape; without any it is a DLRM with all groups that a release serves.
     """
-    random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     # Trigrams, because a random captioner writes nothing that has words in common with real captions.
     known = Annotated("", confidences={word.strip("▁"): 1 for word in WORDS[:-1]}, samples=["a red mug"]).to_text()
@@ -95,22 +99,41 @@ def tiny_ranker(
     record = {
         "version": "test-ranker", "token_spec_version": spec.version, "captioner_version": captioner_version,
         "context": [{"name": name, "cardinality": n} for name, n in context.items()],
-        "token_length": TOKENS, "profile_length": PROFILE, "dense": list(DENSE),
+        "token_length": TOKENS, "profile": asdict(ProfileConfig(length=PROFILE)), "dense": list(DENSE),
         "features": len(shape.features), "dim": shape.dim, "shape": shape.to_json(),
     }  # fmt: skip
     (folder / "ranker.json").write_text(json.dumps(record))
-    users = {
-        "user_id": pa.array([0, 7, 42], pa.int64()),
-        "user_index": pa.array([0, 1, 2], pa.int64()),
-        "dense": pa.array((3 * random.random((3, len(DENSE)))).tolist(), pa.list_(pa.float32())),
-    }
-    for side in ("profile", "profile_negative"):
-        tokens, weights = random.integers(1, spec.rows, (3, PROFILE)), random.dirichlet(np.ones(PROFILE), 3)
-        users[f"{side}_tokens"] = pa.array(tokens.tolist(), pa.list_(pa.int64()))
-        users[f"{side}_weights"] = pa.array(weights.tolist(), pa.list_(pa.float32()))
-    pq.write_table(pa.table(users), folder / "users.parquet")
-    pq.write_table(pa.table({"item_id": [0, 5, 9], "item_index": [0, 1, 2]}), folder / "items.parquet")
+    for name, ids in (("user", [0, 7, 42]), ("item", [0, 5, 9])):
+        pq.write_table(pa.table({f"{name}_id": ids, f"{name}_index": [0, 1, 2]}), folder / f"{name}s.parquet")
+    tiny_features(folder, spec, record)
     return folder
+
+
+def tiny_features(folder: Path, spec: TokenSpec, ranker: dict[str, Any]) -> None:
+    """features/ of a ranker folder: items 5, 9 and 11, of which the ranker knows two; users 7 and 42."""
+    versions = Versions.of(ranker)
+    sure = ({"red": 9, "circle": 2}, {"blue": 5, "stars": 7}, {"snow": 8, "red": 1})
+    captions = [Annotated(text, confidences=words).to_text() for text, words in zip(CAPTIONS, sure, strict=False)]
+    items = Items(
+        ids=np.array([5, 9, 11]), tokens=spec.encode_batch(captions), captions=captions,
+        media_hashes=[hashlib.sha256(caption.encode()).hexdigest() for caption in captions],
+    )  # fmt: skip
+    profiles = UserProfiles(versions.profile, *spec.amounts_of(spec.families[0].kind))
+    events = {7: [(5, 1.0), (9, -1.0)], 42: [(9, 1.0), (11, 0.5), (5, -1.0)]}
+    users = []
+    for user, seen in events.items():
+        for item, strength in seen:
+            profiles.observe(user, items.tokens[items.ids == item][0], strength=strength)
+        users.append(
+            UserRecord(
+                id=user, profile=profiles.read(user), items=np.array([item for item, _ in seen]),
+                strengths=np.array([strength for _, strength in seen], np.float32),
+                times=np.arange(len(seen)) + 1_700_000_000_000_000, state=profiles.dump(user),
+            )
+        )  # fmt: skip
+    (folder / "features").mkdir(exist_ok=True)
+    pq.write_table(item_table(versions.items, items), folder / "features" / "items.parquet")
+    pq.write_table(user_table(versions.users, users), folder / "features" / "users.parquet")
 
 
 def llava_layout(folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> LlavaForConditionalGeneration:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+FINAL = 1
 
 
 class Tensor:
@@ -28,7 +31,7 @@ class Tensor:
 
 
 class TritonError:
-    INTERNAL, INVALID_ARG = "INTERNAL", "INVALID_ARG"
+    INTERNAL, INVALID_ARG, UNAVAILABLE, CANCELLED = "INTERNAL", "INVALID_ARG", "UNAVAILABLE", "CANCELLED"
 
     def __init__(self, message: str, code: str) -> None:
         self.message, self.code = message, code
@@ -44,11 +47,36 @@ class InferenceResponse:
         self.error = error
 
 
-class Request:
-    """An inference request with tensors by name."""
+class Sender:
+    """Of the one response to a request that is answered after `execute`."""
 
-    def __init__(self, outputs: list[str], **inputs: np.ndarray) -> None:
-        self.outputs, self.inputs = outputs, inputs
+    def __init__(self) -> None:
+        self.response: Future[InferenceResponse] = Future()
+        self.cancelled = False
+
+    def send(self, response: InferenceResponse, flags: int) -> None:
+        assert flags == FINAL
+        self.response.set_result(response)
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+class Request:
+    """An inference request with tensors by name; `limits` are what the caller said about its time."""
+
+    def __init__(self, outputs: list[str], limits: dict[str, Any] | None = None, **inputs: np.ndarray) -> None:
+        self.outputs, self.inputs, self.limits = outputs, inputs, dict(limits or {})
+        self.sender = Sender()
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
+
+    def timeout(self) -> int:
+        return int(self.limits.get("timeout", 0))
+
+    def parameters(self) -> str:
+        return json.dumps({key: value for key, value in self.limits.items() if key != "timeout"})
 
     def requested_output_names(self) -> list[str]:
         return self.outputs
@@ -63,6 +91,7 @@ def load_model(path: str) -> Any:
     utilities: Any = ModuleType("triton_python_backend_utils")
     for part in (Tensor, TritonError, TritonModelException, InferenceResponse, get_input_tensor_by_name):
         setattr(utilities, part.__name__, part)
+    utilities.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     utilities.Logger = SimpleNamespace(log_info=lambda message: None)
     sys.modules["triton_python_backend_utils"] = utilities
     spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)

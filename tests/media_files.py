@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
+COUNTER = itertools.count()
 RNG = np.random.default_rng(7)
 NOISE = RNG.integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
@@ -23,6 +25,12 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 def picture(format: str = "PNG", **options: object) -> bytes:
     return encoded(Image.fromarray(NOISE), format, **options)
+
+
+def again(data: bytes) -> bytes:
+    """The same picture (PNG, JPEG) or video (MP4) under another content hash, which nobody has captioned yet."""
+    number = next(COUNTER).to_bytes(8, "big")
+    return data + (b"\0\0\0\x10free" + number if data[4:8] == b"ftyp" else number)
 
 
 def patchwork(count: int) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 from sightline.annotation import Annotated, plain
 from sightline.errors import ConfigError, DataError
 from sightline.media import MediaSpec
-from sightline.prompt import CaptionPrompt
+from sightline.prompt import CaptionPrompt, captioner_version
 from sightline.schema import MediaReader, open_parquet, read_interactions, read_items, read_record
 from sightline.words import WordHead
 from trainer.behaviour import split_behaviour
@@ -66,21 +66,35 @@ def caption_items(
     return describe_pixels(captioner, _pixels(captioner, data, item_ids), batch).annotations
 
 
-@torch.inference_mode()
 def describe_pixels(captioner: Path, pixels: Pixels, batch: int = 128) -> Described:
     """Greedy caption, content vector and word confidences of decoded media."""
-    prompt, words = CaptionPrompt.from_pretrained(captioner), WordHead.from_pretrained(captioner)
-    model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
-    captions = [""] * len(pixels)
-    vectors = np.zeros((len(pixels), model.config.vision_config.hidden_size), np.float32)
-    confidences: list[dict[str, int]] = [{} for _ in range(len(pixels))]
-    for rows, start, pooled in _read(model, prompt, pixels, batch, "caption"):
-        written = _write(model, prompt, start, do_sample=False)
-        vectors[rows] = pooled.mean(1)
-        known = words(pooled) if words else [{} for _ in rows]
-        for row, text, levels in zip(rows, written, known, strict=True):
-            captions[row], confidences[row] = text, levels
-    return Described(ids=np.array(pixels.ids, np.int64), captions=captions, vectors=vectors, confidences=confidences)
+    with tqdm(total=len(pixels), desc="caption", unit="item", mininterval=1) as progress:
+        return Captioner(captioner).describe(pixels, batch, progress.update)
+
+
+class Captioner:
+    """A captioner folder, loaded once for any number of batches; `version` as `captioner_version` has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.version, self.spec = captioner_version(folder), MediaSpec.from_pretrained(folder)
+        self._prompt, self._words = CaptionPrompt.from_pretrained(folder), WordHead.from_pretrained(folder)
+        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def describe(self, pixels: Pixels, batch: int, advance: Callable[[int], object]) -> Described:
+        """`describe_pixels`; `advance` hears of every batch's number of items."""
+        captions = [""] * len(pixels)
+        vectors = np.zeros((len(pixels), self._model.config.vision_config.hidden_size), np.float32)
+        confidences: list[dict[str, int]] = [{} for _ in range(len(pixels))]
+        for rows, start, pooled in _read(self._model, self._prompt, pixels, batch):
+            written = _write(self._model, self._prompt, start, do_sample=False)
+            vectors[rows] = pooled.mean(1)
+            known = self._words(pooled) if self._words else [{} for _ in rows]
+            for row, text, levels in zip(rows, written, known, strict=True):
+                captions[row], confidences[row] = text, levels
+            advance(len(rows))
+        ids = np.array(pixels.ids, np.int64)
+        return Described(ids=ids, captions=captions, vectors=vectors, confidences=confidences)
 
 
 def sample_items(
@@ -110,15 +124,17 @@ def sample_pixels(
     prompt = CaptionPrompt.from_pretrained(captioner)
     model = LlavaForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
     found: dict[int, list[str]] = {}
-    with torch.random.fork_rng(devices=[]):
+    progress = tqdm(total=len(pixels), desc="sample", unit="item", mininterval=1)
+    with torch.random.fork_rng(devices=[]), progress:
         torch.manual_seed(seed)
-        for rows, start, _ in _read(model, prompt, pixels, max(1, batch // samples), "sample"):
+        for rows, start, _ in _read(model, prompt, pixels, max(1, batch // samples)):
             drawn = _write(
                 model, prompt, start, do_sample=True, num_return_sequences=samples, temperature=temperature, top_k=0,
                 top_p=1.0,
             )  # fmt: skip
             for at, row in enumerate(rows):
                 found[pixels.ids[row]] = drawn[at * samples : (at + 1) * samples]
+            progress.update(len(rows))
     return found
 
 
@@ -138,12 +154,11 @@ def _pixels(captioner: Path, data: Path, item_ids: Sequence[int] | None) -> Pixe
 
 
 def _read(
-    model: LlavaForConditionalGeneration, prompt: CaptionPrompt, pixels: Pixels, batch: int, what: str
+    model: LlavaForConditionalGeneration, prompt: CaptionPrompt, pixels: Pixels, batch: int
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """In batches of at most `batch` frames or one item, items of one length each: their rows [B], the decoder's input
     FP32 [B, L, D] and pooled features FP32 [B, frames, width]."""
     encoder, embed = Encoder(model), model.get_input_embeddings()
-    progress = tqdm(total=len(pixels), desc=what, unit="item", mininterval=1)
     for group in pixels.by_length(np.arange(len(pixels))):
         frames = int(pixels.counts[group[0]])
         for rows in np.array_split(group, min(len(group), -(-len(group) * frames // batch))):
@@ -152,8 +167,6 @@ def _read(
             start = embed(ids)  # [B, L, D]; the image's places then take what the encoder sees
             start[ids == prompt.image_token_id] = seen.flatten(0, 1)
             yield rows, start, pooled.unflatten(0, (-1, frames)).numpy()
-            progress.update(len(rows))
-    progress.close()
 
 
 def _write(model: LlavaForConditionalGeneration, prompt: CaptionPrompt, start: Tensor, **how: Any) -> list[str]:
@@ -166,20 +179,24 @@ def _write(model: LlavaForConditionalGeneration, prompt: CaptionPrompt, start: T
 
 
 def write_captions(path: Path, captions: Mapping[int, str], version: str) -> None:
+    """`write_caption_parts` of one part."""
+    write_caption_parts(path, [captions], version)
+
+
+def write_caption_parts(path: Path, parts: Iterable[Mapping[int, str]], version: str) -> None:
     """Write item_id → annotated caption as Parquet, marked with the captioner's version; whole or not at all.
 
-    Columns: `item_id`, `caption` as people read it, `annotation` as the server's `caption` model answers it.
+    Columns: `item_id`, `caption` as people read it, `annotation` as the server's `caption` model answers it. One part
+    is in memory at a time.
     """
-    table = pa.table(
-        {
-            "item_id": pa.array(captions, pa.int64()),
-            "caption": pa.array(map(plain, captions.values()), pa.string()),
-            "annotation": pa.array(captions.values(), pa.string()),
-        }
-    )
+    columns = {"item_id": pa.int64(), "caption": pa.string(), "annotation": pa.string()}
+    schema = pa.schema(list(columns.items()), {"captioner": version})
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    pq.write_table(table.replace_schema_metadata({"captioner": version}), part)
+    with pq.ParquetWriter(part, schema) as writer:
+        for captions in parts:
+            texts = list(captions.values())
+            writer.write_table(pa.table([list(captions), list(map(plain, texts)), texts], schema))
     part.replace(path)
 
 

@@ -124,7 +124,7 @@ def train(
         weights = torch.load(out / "model.pt", weights_only=True)["model"]
         for done in (first, last):
             shutil.rmtree(done)
-        record["version"] = write_ranker(out, weights, shape, made, version)
+        record["version"] = write_ranker(out, weights, shape, made, version, data)
         (out / "record.json").write_text(json.dumps(record, indent=2))
     dist.barrier()
     return record

@@ -23,11 +23,13 @@ from torchrec.optim import RowWiseAdagrad
 from tqdm import tqdm
 
 from sightline.errors import ConfigError, DataError
+from sightline.features import FEATURES, Versions
 from sightline.profile import DENSE, ProfileConfig, UserProfiles
 from sightline.schema import read_interactions, read_items, read_record
 from sightline.tokens import Kind, TokenSpec
 from trainer import metrics
 from trainer.examples import Batch, Columns, ItemTable, stream_examples, write_examples
+from trainer.features import write_features
 from trainer.metrics import grammar_of
 from trainer.ranker_model import MODELS, TABLE_STD, Ranker, RankerShape, Tokens, new_ranker
 from trainer.splits import TEST, TRAIN, VALID, Rows, Split, micros, training_items
@@ -125,7 +127,7 @@ def train_ranker(
     base = config.arms[0]
     lifts = {arm: test.lifts(scores[base], scores[arm]) for arm in config.arms[1:]}
 
-    version = write_ranker(out, chosen.state_dict(), chosen.shape, made, captioner_version)
+    version = write_ranker(out, chosen.state_dict(), chosen.shape, made, captioner_version, data)
     report = {
         "version": version,
         "config": asdict(config),
@@ -148,6 +150,7 @@ class Prepared:
     split: Rows
     columns: Columns
     spec: TokenSpec
+    texts: Mapping[int, str]  # item → caption
     table: ItemTable  # item ids and their tokens
     profiles: UserProfiles  # as of the end of the log
 
@@ -214,7 +217,7 @@ def prepare_rows(
     )
     tokens, history = (dict(zip(ids.tolist(), rows_, strict=True)) for rows_ in (table[1], past))
     write_examples(data, examples, columns, rows, tokens, profiles, history_tokens=history)
-    return Prepared(split=rows, columns=columns, spec=spec, table=table, profiles=profiles)
+    return Prepared(split=rows, columns=columns, spec=spec, texts=texts, table=table, profiles=profiles)
 
 
 def bayes_auc(data: Path) -> dict[str, float] | None:
@@ -448,9 +451,9 @@ def write_check(out: Path, batch: Batch) -> None:
 
 
 def write_ranker(
-    out: Path, weights: dict[str, Tensor], shape: RankerShape, made: Prepared, captioner_version: str
+    out: Path, weights: dict[str, Tensor], shape: RankerShape, made: Prepared, captioner_version: str, data: Path
 ) -> str:
-    """The ranker folder: model.pt, ranker.json, token_spec.json, users.parquet, items.parquet, check.npz.
+    """The ranker folder: model.pt, ranker.json, token_spec.json, users.parquet, items.parquet, features/, check.npz.
 
     Returns:
         Its version.
@@ -458,27 +461,9 @@ def write_ranker(
     columns, spec, profiles = made.columns, made.spec, made.profiles
     torch.save(weights, out / "model.pt")
     spec.save(out / "token_spec.json")
-    users = np.union1d(columns.users.ids, np.fromiter(profiles, dtype=np.int64))
-    users = np.concatenate([[0], users[users > 0]])  # user 0 is nobody: the fallback
-    read = [profiles.read(user) for user in users.tolist()]
-    pq.write_table(
-        pa.table(
-            {
-                "user_id": users,
-                "user_index": columns.users.index(users),
-                "profile_tokens": [p.tokens for p in read],
-                "profile_weights": [p.weights for p in read],
-                "profile_negative_tokens": [p.negative_tokens for p in read],
-                "profile_negative_weights": [p.negative_weights for p in read],
-                "dense": [p.dense for p in read],
-            }
-        ),
-        out / "users.parquet",
-    )
-    items = np.concatenate([[0], columns.items.ids])
-    pq.write_table(
-        pa.table({"item_id": items, "item_index": columns.items.index(items)}), out / "items.parquet"
-    )
+    for name, known in (("user", columns.users), ("item", columns.items)):
+        ids = np.concatenate([[0], known.ids])  # 0 is nobody: the fallback
+        pq.write_table(pa.table({f"{name}_id": ids, f"{name}_index": known.index(ids)}), out / f"{name}s.parquet")
     digest = hashlib.sha256()
     for name in ("model.pt", "token_spec.json", "users.parquet", "items.parquet"):
         digest.update((out / name).read_bytes())
@@ -488,12 +473,13 @@ def write_ranker(
         "captioner_version": captioner_version,
         "context": [{"name": name, "cardinality": n} for name, n in columns.context.items()],
         "token_length": spec.length,
-        "profile_length": profiles.config.length,
+        "profile": asdict(profiles.config),
         "dense": list(DENSE),
         "features": len(shape.features),
         "dim": shape.dim,
         "shape": shape.to_json(),
     }
     (out / "ranker.json").write_text(json.dumps(document, indent=2))
+    write_features(out / FEATURES, data, Versions.of(document), made.texts, made.table, profiles)
     write_check(out, next(stream_examples(out / "examples.parquet", (TEST,), made.table, 8192)))
     return str(document["version"])

@@ -10,12 +10,14 @@ of it `score`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
@@ -36,6 +38,7 @@ TOKEN_FEATURES = {
     "profile": ("user_profile", "profile_tokens", "profile_weights"),
     "profile_negative": ("user_negative", "profile_negative_tokens", "profile_negative_weights"),
 }
+PROFILE_INPUTS = ("profile_tokens", "profile_weights", "profile_negative_tokens", "profile_negative_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +208,8 @@ def item_weights(amounts: Tensor) -> Tensor:
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """[B, n], [B, n, D] → [B, D]."""
-    return torch.bmm(weights[:, None], rows)[:, 0]
+    """[B, n], [B, n, D] → [B, D]; the rows may be one row's for all, [1, n, D]."""
+    return torch.matmul(weights[:, None], rows)[:, 0]
 
 
 class FeatureArch(nn.Module):
@@ -229,10 +232,12 @@ class FeatureArch(nn.Module):
             else None
         )
 
-    def tokens(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Token feature → ids int64 [B, n], weights FP32 [B, n], 0 for padding."""
+    def tokens(
+        self, batch: dict[str, Tensor], names: Sequence[str] | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Token feature, all or those named → ids int64 [B, n], weights FP32 [B, n], 0 for padding."""
         found = {}
-        for name in self.shape.token_features:
+        for name in self.shape.token_features if names is None else names:
             _, ids, weights = TOKEN_FEATURES[name]
             tokens = batch[ids]
             weight = item_weights(self.token_amount[tokens]) if weights is None else batch[weights] * (tokens > 0)
@@ -245,7 +250,15 @@ class FeatureArch(nn.Module):
         self, pooled: dict[str, Tensor], rows: dict[str, Tensor], tokens: dict[str, tuple[Tensor, Tensor]],
         item_vector: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """FEATURES FP32 [B, F, D].
+        """FEATURES FP32 [B, F, D], of everything that `vectors` takes."""
+        done = self.vectors(pooled, rows, tokens, item_vector)
+        return torch.stack([done[name] for name in self.shape.features], 1)
+
+    def vectors(
+        self, pooled: dict[str, Tensor], rows: dict[str, Tensor], tokens: dict[str, tuple[Tensor, Tensor]],
+        item_vector: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Feature → FP32 [B, D], for the features that there is something of.
 
         Args:
             pooled: features that are pooled already, FP32 [B, D].
@@ -257,10 +270,11 @@ class FeatureArch(nn.Module):
             if name not in self.attention:
                 done[name] = weighted_sum(tokens[name][1], rows[name])
         for name, pool in self.attention.items():
-            done[name] = pool(done["item_tokens"], rows[name], tokens[name][1])
-        if self.vector is not None:
+            if name in rows:
+                done[name] = pool(done["item_tokens"], rows[name], tokens[name][1])
+        if self.vector is not None and item_vector is not None:
             done["item_vector"] = self.vector(item_vector)
-        return torch.stack([done[name] for name in self.shape.features], 1)
+        return done
 
 
 class Attention(nn.Module):
@@ -279,8 +293,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """FP32 [B, D], [B, K, D], [B, K] → [B, D]; zeros for a row whose weights are all 0."""
-        pairs = self.key(torch.cat([keys, keys * query[:, None]], 2))
+        """FP32 [B, D], [B, K, D], [B, K] → [B, D]; zeros for a row whose weights are all 0.
+
+        Keys and weights may be one profile's for all rows, [1, K, D] and [1, K].
+        """
+        alone, together = self.key.weight.split(keys.shape[2], 1)
+        pairs = F.linear(keys, alone, self.key.bias) + F.linear(keys * query[:, None], together)
         score = self.out(torch.relu(pairs + self.item(query)[:, None]))[..., 0]
         score = score.masked_fill(weights == 0, -1e4)
         attended = weights * (score - score.amax(1, keepdim=True)).exp()
@@ -348,24 +366,28 @@ class EmbedGraph(nn.Module):
         item_vector: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `Ranker` takes them, but user_index, item_index int64 [B, 1]."""
-        pooled = {}
-        if self.shape.ids:
-            pooled = {"user": self.tables["user"][user_index[:, 0]], "item": self.tables["item"][item_index[:, 0]]}
+        profiles = profile_tokens, profile_weights, profile_negative_tokens, profile_negative_weights
+        batch = {"item_tokens": item_tokens} | dict(zip(PROFILE_INPUTS, profiles, strict=True))
+        tokens = self.features.tokens(batch)
+        pooled = self.of_item(item_index) | self.of_user(user_index, context)
+        return self.features(pooled, self.rows(tokens), tokens, item_vector)
+
+    def of_item(self, item_index: Tensor) -> dict[str, Tensor]:
+        """int64 [B, 1] → rows of ids FP32 [B, D] by feature."""
+        return {"item": self.tables["item"][item_index[:, 0]]} if self.shape.ids else {}
+
+    def of_user(self, user_index: Tensor, context: Tensor) -> dict[str, Tensor]:
+        """int64 [B, 1], int64 [B, C] → rows of ids FP32 [B, D] by feature."""
+        found = {"user": self.tables["user"][user_index[:, 0]]} if self.shape.ids else {}
         for i, (name, cardinality) in enumerate(self.shape.context.items()):
             # As in training: a value beyond the table counts as the last one, and fails no one's request.
             at = context[:, i].clamp(0, cardinality - 1)
-            pooled[f"context_{name}"] = self.tables[f"context_{name}"][at]
-        tokens = self.features.tokens(
-            {
-                "item_tokens": item_tokens,
-                "profile_tokens": profile_tokens,
-                "profile_weights": profile_weights,
-                "profile_negative_tokens": profile_negative_tokens,
-                "profile_negative_weights": profile_negative_weights,
-            }
-        )
-        rows = {name: self.tables["tokens"][ids] for name, (ids, _) in tokens.items()}
-        return self.features(pooled, rows, tokens, item_vector)
+            found[f"context_{name}"] = self.tables[f"context_{name}"][at]
+        return found
+
+    def rows(self, tokens: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Rows FP32 [B, n, D] of the ids that `FeatureArch.tokens` gives."""
+        return {name: self.tables["tokens"][ids] for name, (ids, _) in tokens.items()}
 
 
 class ScoreGraph(nn.Module):

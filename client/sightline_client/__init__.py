@@ -8,18 +8,24 @@ from sightline_client.errors import (
     SightlineClientError,
     Unavailable,
 )
+from sightline_client.events import OUTCOMES, Event
+from sightline_client.items import STATUS, RankedItems
 from sightline_client.protocol import TLS, ContextField, ModelInfo, Ranked
 
 __version__ = "0.1.0"
 __all__ = [
+    "OUTCOMES",
+    "STATUS",
     "TLS",
     "AsyncRankClient",
     "ContextField",
     "DeadlineExceeded",
+    "Event",
     "InvalidArgument",
     "ModelInfo",
     "RankClient",
     "Ranked",
+    "RankedItems",
     "ServerError",
     "SightlineClientError",
     "Unavailable",

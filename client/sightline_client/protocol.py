@@ -1,7 +1,8 @@
 """What is said to the server and when, without saying it: shared by the sync and the asyncio client.
 
-`rank` is a generator of steps: it yields an `Ask` or a `Pause`, the client performs it, sends the result in
-or throws the error in, and gets the ranked rows at the end. Deadline, retries and chunking live here once.
+`rank`, `rank_items` and `send_events` are generators of steps: they yield an `Ask` or a `Pause`, the client performs
+it, sends the result in or throws the error in, and gets the answer at the end. Deadline, retries and chunking live
+here once.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from sightline_client import events as event_log
+from sightline_client import items as catalogue
 from sightline_client.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -26,8 +29,10 @@ from sightline_client.errors import (
     SightlineClientError,
     Unavailable,
 )
+from sightline_client.events import Event
+from sightline_client.items import RankedItems
 
-__all__ = ["MODEL", "TLS", "Ask", "ContextField", "ModelInfo", "Pause", "Ranked", "Session"]
+__all__ = ["MODEL", "TLS", "Ask", "ContextField", "ModelInfo", "Pause", "Ranked", "Session", "Steps"]
 
 MODEL = "rank_media"
 OUTPUTS = ("SCORE", "CAPTION", "CAPTION_SOURCE", "CAPTION_ERROR")
@@ -106,11 +111,15 @@ class Ask:
     timeout: float
     inputs: list[InferInput] | None = None
     outputs: list[InferRequestedOutput] | None = None
+    model: str = MODEL
+    captions_ms: int | None = None
+    """How long the server may wait for captions; None: as long as for everything."""
 
     @property
     def infer_arguments(self) -> dict[str, Any]:
-        return {
-            "model_name": MODEL,
+        parameters = {} if self.captions_ms is None else {"parameters": {"deadline_ms": self.captions_ms}}
+        return parameters | {
+            "model_name": self.model,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "client_timeout": self.timeout,
@@ -125,14 +134,15 @@ class Pause:
     seconds: float
 
 
-Steps = Generator[Ask | Pause, Any, list[Ranked]]
+T = TypeVar("T")
+Steps = Generator[Ask | Pause, Any, T]
 
 
 class Session:
     """What a client keeps between calls: its limits, and what it learned about the model.
 
     Args:
-        timeout: seconds for one `rank` with all its chunks and retries.
+        timeout: seconds for one call with all its chunks and retries.
         retries: further attempts after UNAVAILABLE, for each call to the server.
     """
 
@@ -142,6 +152,8 @@ class Session:
         if retries < 0:
             raise InvalidArgument(f"retries: expected at least 0, got {retries}")
         self.info: ModelInfo | None = None
+        self._items_info: ModelInfo | None = None
+        self._event_batch: int | None = None
         self._timeout = timeout
         self._retries = retries
 
@@ -151,10 +163,14 @@ class Session:
         media: Sequence[bytes],
         item_ids: Sequence[int] | None,
         context: Mapping[str, int] | None,
-    ) -> Steps:
+        caption_timeout: float | None,
+    ) -> Steps[list[Ranked]]:
         deadline = time.monotonic() + self._timeout
         item_ids = [0] * len(media) if item_ids is None else item_ids
         _check(user_id, media, item_ids)
+        if caption_timeout is not None and not 0 <= caption_timeout < float("inf"):
+            raise InvalidArgument(f"caption_timeout: expected seconds of at least 0, got {caption_timeout}")
+        captions_by = None if caption_timeout is None else time.monotonic() + caption_timeout
         if not media:
             return []
         if self.info is None:
@@ -170,7 +186,7 @@ class Session:
             inputs = _inputs(user_id, media[chunk], item_ids[chunk], values)
             outputs = [InferRequestedOutput(name) for name in OUTPUTS]
             try:
-                rows += _parse((yield from self._ask(deadline, inputs, outputs)), part)
+                rows += _parse((yield from self._ask(deadline, inputs, outputs, captions_by=captions_by)), part)
             except InvalidArgument as error:
                 reason = str(error).partition(NO_USABLE_MEDIA)[2]
                 if not reason:
@@ -182,19 +198,61 @@ class Session:
                     rows.append(Ranked(part.start, None, "", "rejected", reason))
         return sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0), row.index))
 
+    def rank_items(
+        self, user_id: int, item_ids: Sequence[int] | npt.NDArray[Any], context: Mapping[str, int] | None
+    ) -> Steps[RankedItems]:
+        deadline = time.monotonic() + self._timeout
+        ids = catalogue.check(user_id, item_ids)
+        if self._items_info is None:
+            self._items_info = ModelInfo.from_config((yield from self._ask(deadline, model=catalogue.MODEL)).config)
+        values = _context_values(self._items_info.context, context or {})
+        scores, status = np.empty(len(ids), np.float32), np.empty(len(ids), np.uint8)
+        for start in range(0, len(ids), catalogue.LARGEST):
+            part = slice(start, start + catalogue.LARGEST)
+            inputs = [_tensor(*column) for column in catalogue.columns(user_id, ids[part], values)]
+            outputs = [InferRequestedOutput(name) for name in catalogue.OUTPUTS]
+            try:
+                answer = yield from self._ask(deadline, inputs, outputs, catalogue.MODEL)
+            except InvalidArgument:
+                self._items_info = None  # perhaps another release is served by now: ask again next time
+                raise
+            scores[part], status[part] = catalogue.parse(answer, len(ids[part]))
+        return RankedItems(ids, scores, status)
+
+    def send_events(self, events: Sequence[Event]) -> Steps[list[str]]:
+        deadline = time.monotonic() + self._timeout
+        event_log.check(events)
+        if not events:
+            return []
+        if self._event_batch is None:
+            config = (yield from self._ask(deadline, model=event_log.MODEL)).config
+            self._event_batch = max(config.max_batch_size, 1)
+        outcomes: list[str] = []
+        for start in range(0, len(events), self._event_batch):
+            chunk = events[start : start + self._event_batch]
+            inputs = [_tensor(*column) for column in event_log.columns(chunk)]
+            outputs = [InferRequestedOutput(event_log.OUTPUT)]
+            answer = yield from self._ask(deadline, inputs, outputs, event_log.MODEL)
+            outcomes += event_log.parse(answer, len(chunk))
+        return outcomes
+
     def _ask(
         self,
         deadline: float,
         inputs: list[InferInput] | None = None,
         outputs: list[InferRequestedOutput] | None = None,
-    ) -> Generator[Ask | Pause, Any, Any]:
+        model: str = MODEL,
+        *,
+        captions_by: float | None = None,
+    ) -> Steps[Any]:
         """One call; again after UNAVAILABLE while retries are left and the deadline allows."""
         for attempt in range(self._retries + 1):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise DeadlineExceeded(f"no answer within {self._timeout:g} s")
             try:
-                return (yield Ask(remaining, inputs, outputs))
+                captions_ms = None if captions_by is None else max(int(1e3 * (captions_by - time.monotonic())), 0)
+                return (yield Ask(remaining, inputs, outputs, model, captions_ms))
             except InferenceServerException as error:
                 failure = _translate(error, self._timeout)
                 # Full jitter: clients that failed together must not come back together.

@@ -132,6 +132,7 @@ def explain(
     name: Name = "current",
     releases: Releases = RELEASES,
     context: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; 0 by default.")] = None,
+    store: Annotated[str | None, typer.Option(help="Feature store with profiles of now; else as trained.")] = None,
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("artifacts/explain.png"),
 ) -> None:
     """Which words moved a score: each is taken away and the release's ranker asked again; the last line is JSON."""
@@ -150,7 +151,9 @@ def explain(
         if item not in found:
             raise ConfigError(f"--item {item}: {captions} has no caption of it; give one with --caption TEXT")
         caption = found[item]
-    explanation = explaining.explain(releases / name, user, item, caption, _numbers("--context", context))
+    explanation = explaining.explain(
+        releases / name, user, item, caption, _numbers("--context", context), store=store
+    )  # fmt: skip
     Console(stderr=True, highlight=False).print(explaining.table(explanation))
     explaining.plot(explanation, out)
     typer.echo(json.dumps({**asdict(explanation), "picture": str(out)}))

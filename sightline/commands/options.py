@@ -14,6 +14,19 @@ Captions = Annotated[Path, typer.Option(help="What `sightline caption` wrote.")]
 Name = Annotated[str, typer.Option("--release", help="Release id.")]
 Releases = Annotated[Path, typer.Option("--releases", help="Folder of the releases.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+STORE, QUEUE = "artifacts/features", "artifacts/queue"
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="SIGHTLINE_STORE",
+        help="A folder (LMDB), redis://host:port/db, or rediss://… for TLS; docs/store.md has the options. A password "
+        "may stand in SIGHTLINE_STORE_PASSWORD.",
+    ),
+]  # fmt: skip
+Queue = Annotated[
+    str,
+    typer.Option("--queue", envvar="SIGHTLINE_QUEUE", help="A folder, redis://host:port/db, or rediss://… for TLS."),
+]
 DATA, CAPTIONER, RANKER, CAPTIONS, RELEASES = (
     Path("artifacts") / name for name in ("data/synthetic", "captioner", "ranker", "captions.parquet", "releases")
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sightline.commands.options import RELEASES, Name, Port, Releases
+from sightline.commands.options import QUEUE, RELEASES, STORE, Name, Port, Queue, Releases, Store
 from sightline.errors import ConfigError
 
 app = typer.Typer()
@@ -28,6 +28,9 @@ def serve(
     http_port: Port = 8500,
     metrics_port: Port = 8502,
     target: Annotated[Target, typer.Option(help="gpu: in the container of deploy/.")] = Target.cpu,
+    store: Store = STORE,
+    queue: Queue = QUEUE,
+    supervise: Annotated[bool, typer.Option(help="Bring back models and the server when their processes die.")] = True,
     print_only: Annotated[
         bool, typer.Option("--print", help="Only show the docker command of --target gpu.")
     ] = False,
@@ -44,7 +47,7 @@ def serve(
 
         command = serve_in_container(
             releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
-            print_only=print_only,
+            store=store, queue=queue, print_only=print_only,
         )  # fmt: skip
         typer.echo(command)
         return
@@ -53,8 +56,9 @@ def serve(
     from serving.serve import serve_until_stopped
 
     serve_until_stopped(
-        releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
-    )
+        releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, store=store,
+        queue=queue, supervise=supervise,
+    )  # fmt: skip
 
 
 @app.command()

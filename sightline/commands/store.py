@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sightline.commands.options import STORE, Store
 from sightline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,16 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="store", no_args_is_help=True, help="Load and examine feature stores.")
 
-Location = Annotated[
-    str,
-    typer.Option(
-        "--store", envvar="SIGHTLINE_STORE",
-        help="A folder (LMDB), redis://host:port/db, or rediss://… for TLS; docs/store.md has the options. A password "
-        "may stand in SIGHTLINE_STORE_PASSWORD.",
-    ),
-]  # fmt: skip
 Only = Annotated[str | None, typer.Option("--version", help="One feature version only.")]
-LOCATION = "artifacts/features"
 
 
 class Kind(StrEnum):
@@ -34,14 +26,15 @@ class Kind(StrEnum):
 
 
 @app.command("stats")
-def stats(store: Location = LOCATION) -> None:
+def stats(store: Store = STORE) -> None:
     """What is in a store and how it is kept, as JSON."""
     with _open(store) as opened:
         versions = [
             schema.model_dump() | {"records": opened.count(schema), "record_bytes": schema.record.itemsize}
             for schema in opened.schemas()
         ]
-        typer.echo(json.dumps(opened.describe() | {"versions": versions, "unfinished_loads": opened.marks()}, indent=1))
+        shown = {"versions": versions, "captions": opened.count_captions(), "unfinished_loads": opened.marks()}
+        typer.echo(json.dumps(opened.describe() | shown, indent=1))
 
 
 @app.command("get")
@@ -49,7 +42,7 @@ def get(
     kind: Annotated[Kind, typer.Argument()],
     identity: Annotated[int, typer.Argument(metavar="ID")],
     version: Only = None,
-    store: Location = LOCATION,
+    store: Store = STORE,
 ) -> None:
     """One item or user in all its versions, a line of JSON each; exit code 1 if there is none."""
     with _open(store) as opened:
@@ -64,7 +57,7 @@ def get(
 
 
 @app.command("verify")
-def verify(version: Only = None, store: Location = LOCATION) -> None:
+def verify(version: Only = None, store: Store = STORE) -> None:
     """Read and check every record; JSON with the damaged ones, exit code 1 if there are any."""
     from sightline.store import transfer
 
@@ -81,7 +74,7 @@ def verify(version: Only = None, store: Location = LOCATION) -> None:
 def export(
     out: Annotated[Path, typer.Argument(help="Folder for one Parquet file per version.")],
     version: Only = None,
-    store: Location = LOCATION,
+    store: Store = STORE,
 ) -> None:
     """Write a store to Parquet files, which `load` reads."""
     from sightline.store import transfer
@@ -97,7 +90,7 @@ def export(
 @app.command("load")
 def load(
     files: Annotated[list[Path], typer.Argument(help="Parquet files of features, or folders of them.")],
-    store: Location = LOCATION,
+    store: Store = STORE,
 ) -> None:
     """Load Parquet files; after an interruption, the same command continues."""
     from sightline.store import open_store, transfer
@@ -118,7 +111,7 @@ def drop(
     version: Annotated[str, typer.Option("--version", help="The feature version to remove.")],
     kind: Annotated[Kind, typer.Option("--kind", help="A version's name is one for items and another for users.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    store: Location = LOCATION,
+    store: Store = STORE,
 ) -> None:
     """Remove a feature version for good, when nobody reads or writes it any longer."""
     from sightline.store import ItemSchema, UserSchema, open_store

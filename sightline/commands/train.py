@@ -1,10 +1,10 @@
-"""Captioner, captions, ranker."""
+"""Captioner and ranker."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -83,35 +83,3 @@ def train_ranker(
         arms=arms, model=model, token_weights=token_weights, seeds=seeds, epochs=epochs, seed=seed
     )
     typer.echo(json.dumps(ranker.train_ranker(data, found, version, out, config)))
-
-
-@app.command()
-def caption(
-    data: Data = DATA,
-    captioner: Annotated[Path, typer.Option(help="Folder of the captioner.")] = CAPTIONER,
-    out: Annotated[Path, typer.Option(help="Parquet file: item_id, caption, annotation.")] = CAPTIONS,
-    seed: Annotated[int, typer.Option(min=0, help="Of the captioner's training: tells held-out items.")] = 0,
-    baselines: Annotated[bool, typer.Option(help="Also measure captions that need no model.")] = False,
-    samples: Annotated[int, typer.Option(help="Further captions drawn per item, into its annotation.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Of the drawn ones.")] = 1.0,
-) -> None:
-    """Caption all items of a data set; the last line is JSON with their quality on held-out items."""
-    from rich.console import Console
-
-    from sightline.prompt import captioner_version
-    from trainer import captioning
-    from trainer.caption_report import tables
-
-    version = captioner_version(captioner)
-    captions = captioning.caption_items(captioner, data)
-    if samples:
-        drawn = captioning.sample_items(captioner, data, samples=samples, temperature=temperature, seed=seed)
-        captions = captioning.with_samples(captions, drawn)
-    captioning.write_captions(out, captions, version)
-    quality: dict[str, Any] = captioning.caption_quality(data, captions, seed)
-    quality["calibration"] = captioning.caption_calibration(data, captioner, seed)
-    if baselines:
-        quality["baselines"] = captioning.caption_baselines(data, captioner, seed)
-    for table in tables(quality):
-        Console(stderr=True, highlight=False).print(table)
-    typer.echo(json.dumps(quality))

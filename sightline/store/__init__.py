@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from sightline.store.base import FeatureStore, ItemBatch, ItemDetails, UserRead
+from sightline.store.location import absolute, is_server, without_secrets
 from sightline.store.records import Items, ItemSchema, Schema, Status, UserRecord, UserSchema
 
 __all__ = [
@@ -21,13 +22,15 @@ __all__ = [
     "UserRead",
     "UserRecord",
     "UserSchema",
+    "absolute",
     "open_store",
+    "without_secrets",
 ]
 
 
 def open_store(location: str, *, readonly: bool = False) -> FeatureStore:
     """A folder is an LMDB store, `redis://…` or `rediss://…` (TLS) a Redis server or cluster (`RedisStore`)."""
-    if location.startswith(("redis://", "rediss://")):
+    if is_server(location):
         from sightline.store.server import RedisStore
 
         return RedisStore(location)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sightline.errors import StoreError
+from sightline.errors import DataError, StoreError
 from sightline.store.records import (
     Items,
     ItemSchema,
@@ -21,24 +22,34 @@ from sightline.store.records import (
     Status,
     UserRecord,
     UserSchema,
+    Value,
+    decode_caption,
     decode_items,
     decode_user,
+    encode_caption,
     encode_items,
     encode_user,
     fault,
     has_vector,
     intact,
+    parse_captioner,
+    parse_hash,
     parse_schema,
 )
 
-__all__ = ["FeatureStore", "ItemBatch", "ItemDetails", "Mark", "Read", "UserRead"]
+__all__ = ["NOTHING", "REMEMBERED", "Change", "FeatureStore", "ItemBatch", "ItemDetails", "Mark", "Read", "UserRead"]
 
 S = TypeVar("S", bound=Schema)
-Value = bytes | memoryview
+REMEMBERED = 4096
+"""Writes of items that `changes` looks back on, at least."""
+NOTHING: NDArray[np.int64] = np.zeros(0, np.int64)
+NOTHING.flags.writeable = False
 Read = Callable[[NDArray[np.int64], Sequence[str]], list[list[Value | None]]]
 """Ids and spaces → per space one value or None per id. The values live as long as the snapshot."""
 Mark = tuple[str, int | None]
 """Name and number of rows; None removes it."""
+Change = Callable[[int, Value | None], bytes | None]
+"""Id and what is kept under it → what shall be, or None to leave it."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +100,12 @@ class FeatureStore(ABC):
     that do not fit the version's schema.
     """
 
+    poll_seconds = 0.0
+    """How often `changes` is worth asking: 0, before every read."""
+
     def __init__(self) -> None:
         self._schemas: dict[str, Schema] = {}
+        self._holder = secrets.token_bytes(16)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +152,8 @@ class FeatureStore(ABC):
         """Write or replace items of a version, on return durably; `mark` is kept with them (`marks`)."""
         schema = self.schema(ItemSchema, version)
         records, captions = encode_items(schema, items)
-        self._write(np.asarray(items.ids, np.int64), {schema.space: records, schema.texts: captions}, mark)
+        ids = np.asarray(items.ids, np.int64)
+        self._write(ids, {schema.space: records, schema.texts: captions}, mark, logged=True)
 
     def read_items(self, ids: ArrayLike, accept: Sequence[str]) -> ItemBatch:
         """Features of items, one row per id. Unknown ids are missing, and so are damaged records (`verify`).
@@ -219,6 +235,18 @@ class FeatureStore(ABC):
                     )  # fmt: skip
         return found
 
+    @abstractmethod
+    def changes(self, after: int) -> tuple[int, NDArray[np.int64] | None]:
+        """What happened to items since: for whoever keeps some of them in memory.
+
+        Returns the position of the last change, and the ids int64 [C] of items that were written or deleted in any
+        version after the position `after`, each once, ascending; None where the store does not remember, so that all
+        may have changed: at least the last 4 096 writes are remembered, a drop and positions below 0 never. Take a
+        first position before the first read; read the items of ids that were named after they were.
+
+        In LMDB the answer that nothing changed costs a microsecond; in Redis every answer is a round trip.
+        """
+
     # --- users ------------------------------------------------------------------------------------------
 
     def write_users(self, version: str, users: Sequence[UserRecord], *, mark: Mark | None = None) -> None:
@@ -233,22 +261,90 @@ class FeatureStore(ABC):
         with self._snapshot() as read:
             for place, schema in enumerate(schemas):
                 ((value,),) = read(np.array([user]), [schema.space])
-                if value is None:
-                    continue
-                record = bytes(value)
-                if wrong := fault(schema, user, record, None):
-                    _log.warning("%s: user %d: %s; run `sightline store verify`", schema.space, user, wrong)
-                    continue
-                status = Status.stale_version if place else Status.fresh
-                return UserRead(record=decode_user(schema, record), status=status, version=place)
+                if record := _user(schema, user, value):
+                    status = Status.stale_version if place else Status.fresh
+                    return UserRead(record=record, status=status, version=place)
         return UserRead(record=None, status=Status.missing, version=-1)
+
+    def update_users(
+        self, version: str, ids: Sequence[int], update: Callable[[int, UserRecord | None], UserRecord | None]
+    ) -> None:
+        """Read, change and write users, each atomically, also against other processes; on return durably.
+
+        Args:
+            version: of users.
+            ids: each once.
+            update: gets an id and its record, None where there is none or a damaged one; returns the new record, or
+                None to leave it. It may be asked again about a user that somebody else changed meanwhile, and must not
+                use the store. Where it raises, LMDB has changed no user, Redis possibly those before.
+
+        Raises StoreError also where others change a user so often that it cannot be written.
+        """
+        schema, numbers = self.schema(UserSchema, version), [int(one) for one in ids]
+        if len(set(numbers)) < len(numbers):
+            raise StoreError(f"{schema.space}: expected ids, each once; got {numbers[:8]} …")
+
+        def change(identity: int, value: Value | None) -> bytes | None:
+            user = update(identity, _user(schema, identity, value))
+            if user is not None and user.id != identity:
+                raise DataError(f"{schema.space}: expected user {identity} from its update, got {user.id}")
+            return None if user is None else encode_user(schema, user)
+
+        self._change(schema.space, numbers, change)
+
+    # --- captions by media ------------------------------------------------------------------------------
+
+    def write_captions(self, captioner: str, captions: Mapping[str, str]) -> None:
+        """Keep what a captioner said about media, on return durably.
+
+        Args:
+            captioner: its version.
+            captions: media hash, SHA-256 in hexadecimal → annotated caption, which may be empty.
+        """
+        keys = [parse_hash(text, "media hash") for text in captions]
+        values = [encode_caption(key, caption) for key, caption in zip(keys, captions.values(), strict=True)]
+        self._write_captions(parse_captioner(captioner), keys, values)
+
+    def read_captions(self, captioner: str, hashes: Sequence[str]) -> list[str | None]:
+        """Captions of media by their hashes, as in `write_captions`; None where missing or damaged."""
+        keys = [parse_hash(text, "media hash") for text in hashes]
+        values = self._read_captions(parse_captioner(captioner), keys)
+        found = [None if value is None else decode_caption(key, value) for key, value in zip(keys, values, strict=True)]
+        for text, value, caption in zip(hashes, values, found, strict=True):
+            if value is not None and caption is None:
+                _log.warning("captions of %s: that of %s is damaged and counts as missing", captioner, text)
+        return found
+
+    def drop_captions(self, captioner: str) -> None:
+        """Remove all captions of a captioner; one without any is nothing."""
+        self._drop_captions(parse_captioner(captioner))
+
+    @abstractmethod
+    def count_captions(self) -> dict[str, int]:
+        """Number of captions by captioner, of those that have some."""
+
+    # --- leases -----------------------------------------------------------------------------------------
+
+    def claim(self, name: str, seconds: float) -> bool:
+        """Take a lease that all users of the store agree on; False while another holds it.
+
+        It ends with `unclaim`, or after that many seconds if the holder was killed or stalled; claiming it again
+        renews it. The holder is this object: threads that share it share its leases. LMDB goes by the machine's clock.
+        """
+        if not 1e-3 <= seconds < 1e9:
+            raise StoreError(f"seconds: expected a lease of 0.001 to 10^9 seconds, got {seconds}")
+        return self._claim(_lease(name), seconds)
+
+    def unclaim(self, name: str) -> None:
+        """End a lease; one that another holds, or nobody, stays as it is."""
+        self._unclaim(_lease(name))
 
     # --- removal ----------------------------------------------------------------------------------------
 
     def delete(self, schema: Schema, ids: ArrayLike) -> None:
         """Remove items or users of one version, on return durably; ids int64 [N], unknown ones among them or not."""
         known = self.schema(type(schema), schema.version)
-        self._delete(_ids(ids), [known.space, known.texts])
+        self._delete(_ids(ids), [known.space, known.texts], logged=known.kind == "item")
 
     def drop(self, schema: Schema) -> None:
         """Remove a whole version: its records, its unfinished loads, at last its schema.
@@ -284,16 +380,38 @@ class FeatureStore(ABC):
     def _snapshot(self) -> AbstractContextManager[Read]: ...
 
     @abstractmethod
-    def _write(self, ids: NDArray[np.int64], values: Mapping[str, Sequence[bytes]], mark: Mark | None) -> None:
-        """Per space one value per id; what belongs to one id becomes visible at once."""
+    def _write(
+        self, ids: NDArray[np.int64], values: Mapping[str, Sequence[bytes]], mark: Mark | None, *, logged: bool = False
+    ) -> None:
+        """Per space one value per id; what belongs to one id becomes visible at once. Logged ones are `changes`."""
 
     @abstractmethod
-    def _delete(self, ids: NDArray[np.int64], spaces: Sequence[str]) -> None:
+    def _delete(self, ids: NDArray[np.int64], spaces: Sequence[str], *, logged: bool = False) -> None:
         """Remove what these spaces have under the ids; what belongs to one id disappears at once."""
 
     @abstractmethod
     def _drop(self, schema: Schema, marks: Sequence[str]) -> None:
-        """Remove all records and captions, these marks, and the schema."""
+        """Remove all records and captions, these marks, and the schema; of items, `changes` forgets what was."""
+
+    @abstractmethod
+    def _change(self, space: str, ids: Sequence[int], change: Change) -> None:
+        """Replace values by what `change` makes of them, atomically per id."""
+
+    @abstractmethod
+    def _write_captions(self, captioner: str, keys: Sequence[bytes], values: Sequence[bytes]) -> None: ...
+
+    @abstractmethod
+    def _read_captions(self, captioner: str, keys: Sequence[bytes]) -> Sequence[Value | None]: ...
+
+    @abstractmethod
+    def _drop_captions(self, captioner: str) -> None: ...
+
+    @abstractmethod
+    def _claim(self, name: bytes, seconds: float) -> bool:
+        """For `self._holder`, which differs from object to object."""
+
+    @abstractmethod
+    def _unclaim(self, name: bytes) -> None: ...
 
     @abstractmethod
     def _put_schema(self, space: str, text: bytes) -> bytes:
@@ -308,6 +426,24 @@ def _ids(ids: ArrayLike) -> NDArray[np.int64]:
     if found.ndim != 1 or (found.dtype.kind not in "iu" and found.size):
         raise StoreError(f"ids: expected int64 [N], got {found.dtype} of shape {list(found.shape)}")
     return found.astype(np.int64)
+
+
+def _user(schema: UserSchema, identity: int, value: Value | None) -> UserRecord | None:
+    """None also for a damaged record."""
+    if value is None:
+        return None
+    record = bytes(value)
+    if wrong := fault(schema, identity, record, None):
+        _log.warning("%s: user %d: %s; run `sightline store verify`", schema.space, identity, wrong)
+        return None
+    return decode_user(schema, record)
+
+
+def _lease(name: str) -> bytes:
+    found = name.encode()
+    if not 0 < len(found) <= 256:
+        raise StoreError(f"lease: expected a name of 1 to 256 bytes, got {len(found)}: {name[:64]!r}")
+    return found
 
 
 def _some(accept: Sequence[str]) -> Sequence[str]:

@@ -8,6 +8,9 @@
 `schema` is the CRC-32 of the version's schema, `size` the bytes of the whole record, `crc` the CRC-32 of everything
 behind itself. All item records of a version have one size, so that a batch of them joined is a NumPy array as it is.
 An item's caption is a value of its own, UTF-8: ranking reads items by the thousand and never needs it.
+
+A caption that is kept by its media's hash, before there is an item or without one, is the CRC-32 of hash and text, u32,
+and the text.
 """
 
 from __future__ import annotations
@@ -34,11 +37,15 @@ __all__ = [
     "Status",
     "UserRecord",
     "UserSchema",
+    "decode_caption",
     "decode_items",
     "decode_user",
+    "encode_caption",
     "encode_items",
     "encode_user",
     "fault",
+    "parse_captioner",
+    "parse_hash",
     "parse_schema",
 ]
 
@@ -51,6 +58,8 @@ _HEADER = [
 ]  # fmt: skip
 _PROTECTED = 20  # first byte that the CRC covers
 _NO_HASH = bytes(32)
+
+Value = bytes | memoryview
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Length = Annotated[int, Field(ge=0, le=65_536)]
@@ -151,6 +160,42 @@ def parse_schema(text: bytes, origin: str) -> Schema:
         raise StoreError(f"{origin}: expected the JSON of an item or user schema: {error}") from error
 
 
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+def parse_captioner(name: str) -> str:
+    """The name, where a captioner's captions can be kept under it. Raises StoreError."""
+    try:
+        return _NAME.validate_python(name)
+    except ValidationError as error:
+        raise StoreError(
+            f"captioner: expected a version of at most 64 letters, digits and ._-, got {name!r}"
+        ) from error
+
+
+def parse_hash(text: str, origin: str) -> bytes:
+    """The 32 bytes of a SHA-256 in hexadecimal. Raises DataError, which names `origin`."""
+    try:
+        found = bytes.fromhex(text) if len(text) == 64 else b""
+    except ValueError:
+        found = b""
+    if len(found) != 32:
+        raise DataError(f"{origin}: expected 64 hexadecimal digits (SHA-256), got {text!r}")
+    return found
+
+
+def encode_caption(digest: bytes, caption: str) -> bytes:
+    """The value that is kept under a media's hash."""
+    text = caption.encode()
+    return zlib.crc32(digest + text).to_bytes(4, "little") + text
+
+
+def decode_caption(digest: bytes, value: Value) -> str | None:
+    """Inverse of `encode_caption`; None for what is damaged or belongs to other media."""
+    seal, text = bytes(value[:4]), bytes(value[4:])
+    return text.decode() if seal == zlib.crc32(digest + text).to_bytes(4, "little") else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Items:
     """Items of one version.
@@ -181,7 +226,11 @@ def encode_items(schema: ItemSchema, items: Items) -> tuple[list[bytes], list[by
             f"got {len(captions)} and {len(items.media_hashes)}"
         )
     records["media_hash"] = np.frombuffer(
-        b"".join(_hash(schema.space, row, text) for row, text in enumerate(items.media_hashes)), np.uint8
+        b"".join(
+            _NO_HASH if text is None else parse_hash(text, f"{schema.space}: media hash {row}")
+            for row, text in enumerate(items.media_hashes)
+        ),
+        np.uint8,
     ).reshape(-1, 32)
     records["caption_crc"] = [zlib.crc32(caption) for caption in captions]
     if items.vectors is not None:
@@ -297,18 +346,6 @@ def _seal(records: NDArray[Any], tail: bytes = b"") -> list[bytes]:
     records["crc"] = [zlib.crc32(tail, zlib.crc32(row[_PROTECTED:])) for row in rows]
     sealed = records.tobytes()
     return [sealed[start : start + size] + tail for start in range(0, len(sealed), size)]
-
-
-def _hash(space: str, row: int, text: str | None) -> bytes:
-    if text is None:
-        return _NO_HASH
-    try:
-        found = bytes.fromhex(text)
-    except ValueError:
-        found = b""
-    if len(found) != 32:
-        raise DataError(f"{space}: media hash {row}: expected 64 hexadecimal digits (SHA-256) or None, got {text!r}")
-    return found
 
 
 def _tokens(where: str, name: str, tokens: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

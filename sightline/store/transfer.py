@@ -40,7 +40,7 @@ from sightline.store.records import (
     parse_schema,
 )
 
-__all__ = ["Report", "count_rows", "export", "item_table", "load", "user_table", "verify"]
+__all__ = ["Report", "count_rows", "export", "find_user", "item_table", "load", "user_table", "verify"]
 
 METADATA = b"sightline.store"
 _BATCH = 2048
@@ -136,6 +136,16 @@ def load(store: FeatureStore, path: Path, advance: Advance, *, batch: int = _BAT
     return schema
 
 
+def find_user(path: Path, user: int) -> UserRecord | None:
+    """A user of a file that `load` reads; None if it is not in there."""
+    with open_parquet(path, "a Parquet file of features") as file:
+        schema = parse_schema((file.schema_arrow.metadata or {}).get(METADATA, b""), str(path))
+    table = pq.read_table(path, filters=[("id", "=", user)])
+    if not isinstance(schema, UserSchema) or not len(table):
+        return None
+    return _users(schema, table)[0]
+
+
 def export(store: FeatureStore, schema: Schema, path: Path, advance: Advance) -> int:
     """Write one version to a Parquet file, from which `load` makes records of the same bytes; returns their number.
 
@@ -211,6 +221,8 @@ def _items(schema: ItemSchema, table: pa.Table) -> Items:
 def _users(schema: UserSchema, table: pa.Table) -> list[UserRecord]:
     columns = {name: [row.values.to_numpy(zero_copy_only=False) for row in table[name]]
                for name in (*_PROFILE, *(f"history_{name}" for name in _HISTORY))}  # fmt: skip
+    for name in ("tokens", "negative_tokens"):
+        columns[name] = [row.astype(np.int64) for row in columns[name]]
     return [
         UserRecord(
             id=identity, state=state, profile=Profile(**{name: columns[name][row] for name in _PROFILE}),

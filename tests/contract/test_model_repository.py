@@ -12,12 +12,13 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from build.render import read_config, render
 from sightline import release
 from sightline.errors import ReleaseError
+from sightline.features import HISTORY
 
 SOURCE = Path(__file__).parents[2] / "model_repository"
 
 # model → (backend, inputs, outputs); a tensor is (type, sizes without the batch; -1 where a release decides).
-BYTES, INT32, INT64, FP32, BOOL, UINT64 = (
-    "TYPE_STRING", "TYPE_INT32", "TYPE_INT64", "TYPE_FP32", "TYPE_BOOL", "TYPE_UINT64",
+BYTES, INT32, INT64, FP32, BOOL, UINT8, UINT64 = (
+    "TYPE_STRING", "TYPE_INT32", "TYPE_INT64", "TYPE_FP32", "TYPE_BOOL", "TYPE_UINT8", "TYPE_UINT64",
 )  # fmt: skip
 CAPTIONS = {name: (BYTES, [1]) for name in ("CAPTION", "CAPTION_SOURCE", "CAPTION_ERROR")}
 ANNOTATED = CAPTIONS | {"ANNOTATION": (BYTES, [1])}
@@ -60,6 +61,11 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rank_media": (
         "", {"MEDIA": (BYTES, [1]), "CONTEXT": (INT64, [-1])} | IDS, {"SCORE": (FP32, [1])} | CAPTIONS,
     ),
+    "rank_items": (
+        "python", {"USER_ID": (INT64, [1]), "ITEM_IDS": (INT64, [-1]), "CONTEXT": (INT64, [-1])},
+        {"SCORES": (FP32, [-1]), "FEATURE_STATUS": (UINT8, [-1])},
+    ),
+    "events": ("python", IDS | {"STRENGTH": (FP32, [1]), "TIMESTAMP": (INT64, [1])}, {"APPLIED": (UINT8, [1])}),
 }  # fmt: skip
 
 
@@ -124,6 +130,11 @@ def test_models_that_take_rows_batch_them(configs: dict[str, ModelConfig]) -> No
     assert batching == set(configs) - {"rank_media"}
 
 
+def test_a_history_holds_the_events_of_a_request(configs: dict[str, ModelConfig]) -> None:
+    """So a request that is sent again is known as a whole."""
+    assert configs["events"].max_batch_size <= HISTORY
+
+
 def test_ensemble_edges(configs: dict[str, ModelConfig]) -> None:
     ensemble = configs["rank_media"]
     known = tensors(ensemble.input)
@@ -154,7 +165,7 @@ def test_a_release_leaves_no_size_open(releases_dir: Path) -> None:
         (name, tensor.name): list(tensor.dims)
         for name, config in configs.items()
         for tensor in (*config.input, *config.output)
-        if name != "tensorrt_llm"
+        if name != "tensorrt_llm" and tensor.name not in ("ITEM_IDS", "SCORES", "FEATURE_STATUS")
     }
     assert not [key for key, dims in sizes.items() if -1 in dims]
     assert sizes["vision_encoder", "image_features"] == [16, 48]
@@ -164,10 +175,11 @@ def test_a_release_leaves_no_size_open(releases_dir: Path) -> None:
 
 def test_a_release_tells_clients_its_context_and_id(releases_dir: Path) -> None:
     folder = release.current(releases_dir)
-    parameters = read_config(folder / "model_repository" / "rank_media" / "config.pbtxt").parameters
-    assert parameters["release"].string_value == folder.name
-    context = json.loads(parameters["context"].string_value)
-    assert [set(column) for column in context] == [{"name", "cardinality"}] * len(context)
+    for model in ("rank_media", "rank_items"):
+        parameters = read_config(folder / "model_repository" / model / "config.pbtxt").parameters
+        assert parameters["release"].string_value == folder.name
+        context = json.loads(parameters["context"].string_value)
+        assert [set(column) for column in context] == [{"name", "cardinality"}] * len(context)
 
 
 def test_render_refuses_what_the_source_does_not_allow(tmp_path: Path) -> None:

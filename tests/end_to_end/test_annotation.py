@@ -22,7 +22,7 @@ from sightline.tokens import TokenSpec
 from sightline.words import WordHead
 from tests.end_to_end.test_serving import column, infer, rank
 from tests.levels import agree
-from tests.media_files import clip, patchwork
+from tests.media_files import again, clip, patchwork
 from trainer.captioner_model import Encoder
 from trainer.captioning import caption_items
 
@@ -77,7 +77,7 @@ def test_the_trainer_annotates_as_the_server_does(
 def test_a_batch_is_annotated_as_single_items_are(
     client: Any, served: dict[str, list[str]], media: list[bytes]
 ) -> None:
-    alone = [infer(client, "caption", MEDIA=column([data]))["ANNOTATION"].item().decode() for data in media]
+    alone = [infer(client, "caption", MEDIA=column([again(data)]))["ANNOTATION"].item().decode() for data in media]
     assert [plain(text) for text in alone] == served["CAPTION"]
     assert agree(levels(alone), levels(served["ANNOTATION"]))
 

@@ -13,7 +13,7 @@ import tritonclient.grpc
 from PIL import Image
 from sightline_client import RankClient
 
-from tests.media_files import NOISE, audio_only, bomb_png, clip, encoded, picture
+from tests.media_files import NOISE, again, audio_only, bomb_png, clip, encoded, picture
 
 
 @pytest.fixture(scope="module")
@@ -118,5 +118,5 @@ def test_the_server_goes_on(client: RankClient, refused: dict[str, tuple[bytes, 
     before = client.rank(7, [good])[0]
     for data, _ in refused.values():
         assert client.rank(7, [data])[0].error
-        after = client.rank(7, [good])[0]
+        after = client.rank(7, [again(good)])[0]
         assert (after.caption, after.source) == (before.caption, "model")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from sightline_client import AsyncRankClient, DeadlineExceeded, InvalidArgument, RankClient, Unavailable
 
-from tests.media_files import clip, encoded
+from tests.media_files import again, clip, encoded
 
 
 def images(count: int) -> list[bytes]:
@@ -43,7 +43,7 @@ def test_more_media_than_the_models_batch(server: Any) -> None:
     batched matrix product come in another order)."""
     media = images(3)
     with RankClient(server.url, timeout=240) as client:
-        singles = [client.rank(7, [item])[0] for item in media]
+        singles = [client.rank(7, [again(item)])[0] for item in media]
         assert client.info is not None
         many = client.rank(7, media * client.info.max_batch_size)
         assert len(many) == 3 * client.info.max_batch_size

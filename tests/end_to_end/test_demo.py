@@ -42,7 +42,8 @@ def test_last_line_is_the_figures(demo):
     assert {"caption", "vision_encoder", "tensorrt_llm", "tokenize", "lookup", "embed", "score"} <= set(
         figures["latency_ms"]["stages"]
     )
-    assert figures["latency_ms"]["rank_media"]["p50"] > 0
+    for path in ("rank_media", "rank_media_stored", "rank_items"):
+        assert figures["latency_ms"][path]["p50"] > 0
     assert len(figures["stand_ins"]) == 2
     assert (root / "demo" / "synthetic-small" / "ranking.png").stat().st_size > 10_000
     assert "held-out images and videos for user" in out
@@ -63,7 +64,8 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
     model = new_ranker(shape, 0)
     model.load_state_dict(torch.load(run / "ranker" / "model.pt"))
     tokens = TokenSpec.load(run / "ranker" / "token_spec.json").encode_batch([captions[i] for i in chosen])
-    users = pq.read_table(run / "ranker" / "users.parquet").to_pylist()
+    indices = dict(zip(*pq.read_table(run / "ranker" / "users.parquet").to_pydict().values(), strict=True))
+    users = pq.read_table(run / "ranker" / "features" / "users.parquet").to_pylist()
     user = max(users, key=lambda row: row["dense"][0])
     known = {row["item_id"]: row["item_index"] for row in pq.read_table(run / "ranker" / "items.parquet").to_pylist()}
     context = [min(3, c["cardinality"] - 1) for c in document["context"]]
@@ -73,11 +75,11 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
 
     with torch.no_grad():
         features = EmbedGraph(model)(
-            rows([user["user_index"]], np.int64),
+            rows([indices[user["id"]]], np.int64),
             torch.tensor([[known.get(item, 0)] for item in chosen]),
             rows(context, np.int64), torch.from_numpy(tokens),
-            rows(user["profile_tokens"], np.int64), rows(user["profile_weights"], np.float32),
-            rows(user["profile_negative_tokens"], np.int64), rows(user["profile_negative_weights"], np.float32),
+            rows(user["tokens"], np.int64), rows(user["weights"], np.float32),
+            rows(user["negative_tokens"], np.int64), rows(user["negative_weights"], np.float32),
         )  # fmt: skip
         eager = ScoreGraph(model)(features, rows(user["dense"], np.float32))[:, 0].numpy()
 
@@ -87,9 +89,10 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
         TritonServer(release.current(root / "releases"), log_path=tmp_path / "log") as server,
         RankClient(server.url, timeout=60) as client,
     ):
-        together = client.rank(user["user_id"], media, item_ids=chosen, context=named)
+        by_id = client.rank_items(user["id"], chosen, context=named)
+        together = client.rank(user["id"], media, item_ids=chosen, context=named)
         alone = [
-            client.rank(user["user_id"], [one], item_ids=[item], context=named)[0]
+            client.rank(user["id"], [one], item_ids=[item], context=named)[0]
             for one, item in zip(media, chosen, strict=True)
         ]
         stranger = client.rank(10**9, media[:1])[0]
@@ -98,6 +101,8 @@ def test_served_equals_eager_from_pixels_to_score(demo, tmp_path):
         assert one.score == pytest.approx(eager[one.index], abs=1e-4)
         assert one.score == pytest.approx(alone[one.index].score, abs=1e-4)
     assert 0 <= stranger.score <= 1
+    np.testing.assert_allclose(by_id.scores, eager, atol=1e-4)
+    assert not by_id.status.any(), "the release brought the features of all items"
 
 
 def test_finished_phases_are_not_repeated(demo):

@@ -28,7 +28,7 @@ from sightline.media import MediaSpec, load
 from sightline.prompt import CaptionPrompt
 from sightline.tokens import TokenSpec
 from sightline.words import WordHead
-from tests.media_files import clip, encoded, picture
+from tests.media_files import again, clip, encoded, picture
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"int64": "INT64", "int32": "INT32", "float32": "FP32", "object": "BYTES"}
@@ -93,7 +93,8 @@ def test_batch_equals_singles(client: Any, media: list[bytes]) -> None:
     users = [(0, 7, 42, 99)[i % 4] for i in range(32)]
     context = [[i % 4, i % 24] for i in range(32)]
     batch = rank(client, media, users, context)
-    singles = [rank(client, media[i : i + 1], users[i : i + 1], context[i : i + 1]) for i in range(32)]
+    singles = [rank(client, [again(media[i])], users[i : i + 1], context[i : i + 1]) for i in range(32)]
+    assert {b"model"} == {single["CAPTION_SOURCE"].item() for single in singles}
     assert batch["CAPTION"].tolist() == [single["CAPTION"][0].tolist() for single in singles]
     scores = np.concatenate([single["SCORE"] for single in singles])
     np.testing.assert_allclose(batch["SCORE"], scores, atol=1e-4, rtol=0)
@@ -102,7 +103,8 @@ def test_batch_equals_singles(client: Any, media: list[bytes]) -> None:
 
 
 def test_equal_bytes_get_equal_captions(client: Any, media: list[bytes]) -> None:
-    captions = infer(client, "caption", MEDIA=column([media[0], media[1], media[0]]))["CAPTION"][:, 0]
+    one, other = again(media[0]), again(media[1])
+    captions = infer(client, "caption", MEDIA=column([one, other, one]))["CAPTION"][:, 0]
     assert captions[0] == captions[2]
 
 
@@ -127,7 +129,7 @@ def test_every_stage_alone_gives_what_the_ensemble_gives(
     words = WordHead.from_pretrained(folder)
     assert words is not None
     text = Annotated(caption, confidences=words([seen["pooled_features"]])[0]).to_text()
-    answer = infer(client, "caption", MEDIA=column(media[:1]))
+    answer = infer(client, "caption", MEDIA=column([again(media[0])]))
     assert (answer["CAPTION"].item().decode(), answer["ANNOTATION"].item().decode()) == (caption, text)
 
     tokens = infer(client, "tokenize", CAPTION=column([text.encode()]))["ITEM_TOKENS"]
@@ -153,8 +155,8 @@ def test_lookup_of_known_and_unknown_ids(client: Any) -> None:
 
 def test_bad_rows_do_not_touch_the_others(client: Any, media: list[bytes]) -> None:
     good = rank(client, media[:2], [7, 7], [[0, 0]] * 2)
-    mixed = rank(client, [media[0], b"nonsense", media[1], picture("PNG")[:200]], [7] * 4, [[0, 0]] * 4)
-    assert mixed["CAPTION_SOURCE"].ravel().tolist() == [b"model", b"rejected", b"model", b"rejected"]
+    mixed = rank(client, [again(media[0]), b"nonsense", media[1], picture("PNG")[:200]], [7] * 4, [[0, 0]] * 4)
+    assert mixed["CAPTION_SOURCE"].ravel().tolist() == [b"model", b"rejected", b"store", b"rejected"]
     assert mixed["CAPTION"][[1, 3]].ravel().tolist() == [b"", b""]
     assert b"neither image nor video" in mixed["CAPTION_ERROR"][1, 0]
     assert b"truncated PNG" in mixed["CAPTION_ERROR"][3, 0]
@@ -167,7 +169,7 @@ def test_bad_rows_do_not_touch_the_others(client: Any, media: list[bytes]) -> No
 
 def test_rows_are_decoded_together(server: TritonServer, client: Any, media: list[bytes]) -> None:
     before = server.statistics()["tensorrt_llm"]
-    infer(client, "caption", MEDIA=column(media))
+    infer(client, "caption", MEDIA=column([again(item) for item in media]))
     after = server.statistics()["tensorrt_llm"]
     assert after["inferences"] - before["inferences"] == 32
     assert after["executions"] - before["executions"] <= 8
@@ -188,8 +190,9 @@ def changed_release(source: Path, folder: Path, file: str, text: str, other: str
     path.write_text(path.read_text().replace(text, other, 1))
     manifest = release.read_manifest(folder)
     changed: dict[str, Any] = {"release": release.release_id("cpu", folder, manifest.release)}
-    ensemble = folder / release.ID_BEARER
-    ensemble.write_text(ensemble.read_text().replace(manifest.release, changed["release"]))
+    for name in release.ID_BEARERS:
+        bearer = folder / name
+        bearer.write_text(bearer.read_text().replace(manifest.release, changed["release"]))
     changed["files"] = release.hash_files(folder)
     (folder / release.MANIFEST).write_text(manifest.model_copy(update=changed).model_dump_json())
     return folder
@@ -207,7 +210,7 @@ def test_a_model_that_breaks_the_rules_does_not_load(releases_dir: Path, tmp_pat
 
 def test_a_model_that_dies_while_it_loads_ends_the_start(releases_dir: Path, tmp_path: Path) -> None:
     """As a stub does whose C++ throws: Triton does not notice that it is gone and waits for ever."""
-    source, load = release.current(releases_dir), "self.lookup ="
+    source, load = release.current(releases_dir), "self.store ="
     death = 'import os; os.write(2, b"  what():  no space left in shared memory\\n"); os.abort()'
     folder = changed_release(source, tmp_path / "release", "lookup/1/model.py", load, f"{death}; {load}")
     server = TritonServer(folder, log_path=tmp_path / "log", timeout=120)

@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.redis_server import free_port
 from sightline.errors import ConfigError, StoreError
 from sightline.store import Items, ItemSchema, open_store, transfer
 from sightline.store.server import BUCKETS, PASSWORD
+from tests.feature_stores import USERS, user
 from tests.redis_server import redis_cluster, redis_server
 
 TLS = Path(__file__).parents[1] / "unit" / "tls"
@@ -128,8 +130,12 @@ def test_keys_of_one_id_share_a_slot_and_nodes_share_the_work(tmp_path: Path) ->
         for schema in (SCHEMA, newer):
             store.register(schema)
             store.write_items(schema.version, items(1, 1001))
+        store.write_captions("c", {f"{one * 2**246:064x}": "Tasse" for one in range(1000)})
+        store.register(USERS)
+        store.update_users("v1", range(1, 200), lambda identity, record: user(identity, 1))
         with redis.RedisCluster("127.0.0.1", port) as client:
-            keys = [key for key in client.keys(target_nodes="primaries") if b"{meta}" not in key]
+            keys = [key for key in client.keys(target_nodes="primaries") if b":item." in key]
+            others = [key for key in client.keys(target_nodes="primaries") if b":caption." in key or b":user." in key]
             sizes = [client.dbsize(target_nodes=node) for node in client.get_primaries()]
     slots: dict[bytes, set[int]] = {}
     for key in keys:
@@ -138,14 +144,38 @@ def test_keys_of_one_id_share_a_slot_and_nodes_share_the_work(tmp_path: Path) ->
     assert all(len(of_one_id) == 1 for of_one_id in slots.values())
     assert len(set.union(*slots.values())) == BUCKETS
     assert min(sizes) > 0.3 * sum(sizes)
+    assert len(others) == 1000 + 199
+    assert {key_slot(key) for key in others} == set.union(*slots.values())
+
+
+def test_nobody_hears_of_a_change_before_it_is_on_all_nodes(tmp_path: Path) -> None:
+    with redis_cluster(tmp_path) as port, open_store(f"redis://127.0.0.1:{port}") as store:
+        store.register(SCHEMA)
+        store.write_items("v1", items(1, 101))  # connects to both nodes
+        position, _ = store.changes(-1)
+        with redis.RedisCluster("127.0.0.1", port) as client:
+            (slow,) = {one.port for one in client.get_primaries()} - {client.get_node_from_key("{meta}").port}
+        writer = threading.Thread(target=store.write_items, args=("v1", items(1, 1001)))
+        with redis.Redis(port=slow) as node:
+            node.client_pause(400)
+            writer.start()
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                assert store.changes(position)[1].tolist() == []
+        writer.join()
+        assert len(store.changes(position)[1]) == 1000
 
 
 def test_killed_server_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    port, acknowledged = free_port(), 0
+    """Nor does the log of changes."""
+    port, acknowledged, position = free_port(), 0, None
     for _ in range(3):
         with redis_server(tmp_path, port=port) as (_, process), open_store(f"redis://127.0.0.1:{port}") as store:
             store.register(SCHEMA)
             assert store.count(SCHEMA) >= acknowledged
+            if position is None:
+                store.delete(SCHEMA, [1])
+                position, _ = store.changes(-1)
             killer = threading.Timer(0.15, os.kill, (process, signal.SIGKILL))
             killer.start()
             with suppress(StoreError):
@@ -158,6 +188,8 @@ def test_killed_server_loses_nothing_that_was_acknowledged(tmp_path: Path) -> No
         assert report.damaged == {}
         assert report.records >= acknowledged > 300
         assert not store.read_items(np.arange(1, acknowledged + 1), ["v1"]).status.any()
+        _, changed = store.changes(position)
+        assert np.array_equal(changed, np.arange(1, report.records + 1))
 
 
 def test_durability_is_shown(tmp_path: Path) -> None:

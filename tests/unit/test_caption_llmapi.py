@@ -103,7 +103,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "tensorrt_llm.llmapi", inner)
     tiny_captioner(tmp_path / "1")
     (tmp_path / "1" / "checkpoint").mkdir()
-    parameters = {"tensor_parallel_size": "2", "dtype": "bfloat16", "kv_cache_dtype": "auto"}
+    parameters = {
+        "tensor_parallel_size": "2", "dtype": "bfloat16", "kv_cache_dtype": "auto", "reserve_ms": "10",
+        "max_waiting_rows": "64",
+    }  # fmt: skip
     config = {
         "max_batch_size": 8, "parameters": {key: {"string_value": value} for key, value in parameters.items()},
     }  # fmt: skip
@@ -117,7 +120,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def captions(model: Any, *requests: list[bytes]) -> list[Any]:
     asked = [Request(["CAPTION"], MEDIA=np.array([[data] for data in media], dtype=object)) for media in requests]
-    return asyncio.run(model.execute(asked))
+    assert model.execute(asked) is None
+    return [request.sender.response.result(timeout=60) for request in asked]
 
 
 def test_it_is_made_as_the_release_says(model: Any) -> None:

@@ -33,8 +33,8 @@ print({"torch", "transformers", "pyarrow", "numpy", "tritonclient", "grpc", "mat
 
 def test_every_command_is_in_the_program() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    for name in ("data", "store", "train", "caption", "build", "release", "serve", "doctor", "rank", "tokens",
-                 "evaluate", "quality", "explain", "bench", "demo"):  # fmt: skip
+    for name in ("data", "store", "train", "caption", "build", "release", "serve", "doctor", "rank", "events",
+                 "nearline", "tokens", "evaluate", "quality", "explain", "bench", "demo"):  # fmt: skip
         assert re.search(rf"^\W*{name}\s", shown, re.MULTILINE), name
 
 

@@ -190,6 +190,17 @@ def test_what_is_sent(rank: Rank, server: Server) -> None:
     assert 0 < server.requests[1].parameters["timeout"].int64_param <= 20_000_000
 
 
+def test_time_for_captions_is_that_of_the_call_and_not_of_each_chunk(rank: Rank, server: Server) -> None:
+    rank(1, [b"a"])
+    assert "deadline_ms" not in server.requests[0].parameters
+    server.script = [lambda *_: time.sleep(0.05)]
+    rank(1, [b"x" * length for length in range(1, 6)], caption_timeout=0.5)
+    first, second = (request.parameters["deadline_ms"].int64_param for request in server.requests[1:])
+    assert 0 <= second <= first - 50
+    rank(1, [b"a"], caption_timeout=0)
+    assert server.requests[3].parameters["deadline_ms"].int64_param == 0
+
+
 def test_chunks_above_the_models_batch_size(rank: Rank, server: Server) -> None:
     media = [b"x" * length for length in (3, 9, 1, 7, 5, 8, 2, 6, 4)]
     rows = rank(1, media)
@@ -285,7 +296,7 @@ def test_nobody_listens(rank: Rank) -> None:
 
 def steps_until_failure(session: Session, seconds: float, clock: list[float]) -> list[Ask | Pause]:
     """Let every call take `seconds` and end in UNAVAILABLE; the steps that the session asked for."""
-    steps = session.rank(1, [b"a"], None, None)
+    steps = session.rank(1, [b"a"], None, None, None)
     seen = [next(steps)]
     try:
         while True:
@@ -325,6 +336,7 @@ def test_backoff_grows_with_jitter_and_stays_within_the_deadline(monkeypatch: py
         ((1, [b"a"]), {"context": {"hour": 1}}, "context: expected names among .*'position'.*, got 'hour'"),
         ((1, [b"a"]), {"context": {"position": 10}}, "context position: expected 0 to 9, got 10"),
         ((1, [b"a"]), {"context": {"device": -1}}, "context device: expected 0 to 2, got -1"),
+        ((1, [b"a"]), {"caption_timeout": -0.1}, r"caption_timeout: expected seconds of at least 0, got -0\.1"),
     ],
 )
 def test_wrong_arguments_never_reach_the_server(

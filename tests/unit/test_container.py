@@ -21,6 +21,8 @@ from serving.container_entry import claim_cache, server_command, server_environm
 from sightline import node, release
 from sightline.cli import app
 from sightline.errors import ReleaseError, ServingError
+from sightline.features import Versions
+from sightline.store import open_store
 from tests.fake_trtllm import set_version
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +35,9 @@ def with_lane(source: Path, folder: Path, lane: str) -> Path:
     shutil.copytree(source, folder)
     manifest = release.read_manifest(folder)
     changed: dict[str, Any] = {"lane": lane, "release": release.release_id(lane, folder, manifest.release)}
-    bearer = folder / release.ID_BEARER
-    bearer.write_text(bearer.read_text().replace(manifest.release, changed["release"]))
+    for name in release.ID_BEARERS:
+        bearer = folder / name
+        bearer.write_text(bearer.read_text().replace(manifest.release, changed["release"]))
     changed["files"] = release.hash_files(folder)
     (folder / release.MANIFEST).write_text(manifest.model_copy(update=changed).model_dump_json())
     return folder
@@ -57,7 +60,10 @@ def compose() -> dict[str, Any]:
 
 
 def command_for(releases: Path) -> list[str]:
-    return run_command(releases / "current", release_name(releases), host="127.0.0.1", **PORTS)
+    return run_command(
+        releases / "current", release_name(releases), host="127.0.0.1", store="artifacts/features",
+        queue="artifacts/queue", **PORTS,
+    )  # fmt: skip
 
 
 def release_name(releases: Path) -> str:
@@ -89,7 +95,24 @@ def test_docker_run(releases: Path) -> None:
         # The release itself, not the link: a rollback must not change what a running server reads.
         f"type=bind,source={releases / 'release'},target={node.MOUNT},readonly",
         f"type=volume,source=sightline-cache-{release_name(releases)},target={node.CACHE}",
+        f"type=bind,source={Path.cwd()}/artifacts/features,target={node.STATE}/features",
+        f"type=bind,source={Path.cwd()}/artifacts/queue,target={node.STATE}/nearline",
     ]
+    assert given["--env"] == [
+        f"SIGHTLINE_STORE={node.STATE}/features", f"SIGHTLINE_QUEUE={node.STATE}/nearline",
+    ]  # fmt: skip
+
+
+def test_a_store_on_a_server_is_not_mounted(releases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its password is in no list of processes."""
+    monkeypatch.setenv("SIGHTLINE_STORE_PASSWORD", "s3cret")
+    command = run_command(
+        releases / "current", "r", host="127.0.0.1", store="redis://features:6379/0", queue=None, **PORTS
+    )
+    given = options(command)
+    assert len(given["--mount"]) == 2
+    assert given["--env"] == ["SIGHTLINE_STORE=redis://features:6379/0", "SIGHTLINE_STORE_PASSWORD"]
+    assert "s3cret" not in " ".join(command)
 
 
 def test_shared_memory_is_enough_for_every_release(releases: Path) -> None:
@@ -150,8 +173,9 @@ def tool(folder: Path, name: str, script: str) -> None:
 
 def serve(releases: Path) -> None:
     container.serve_in_container(
-        releases / "current", host="127.0.0.1", grpc_port=0, http_port=0, metrics_port=0, print_only=False
-    )
+        releases / "current", host="127.0.0.1", grpc_port=0, http_port=0, metrics_port=0,
+        store="artifacts/features", queue=None, print_only=False,
+    )  # fmt: skip
 
 
 def test_a_release_of_the_cpu_is_refused(releases_dir: Path) -> None:
@@ -192,7 +216,7 @@ def test_the_server_loads_every_model_with_its_gpu_configuration(releases: Path)
     given = options(server_command(releases / "release"))
     models = {path.parent.name for path in releases.glob("release/model_repository/*/config.pbtxt")}
     assert set(given["--load-model"]) == models
-    assert len(models) == 8
+    assert len(models) == 10
     assert given["--model-control-mode"] == ["explicit"]
     assert given["--model-config-name"] == ["gpu"]
     assert [given[f"--{name}-port"] for name in ("http", "grpc", "metrics")] == [["8500"], ["8501"], ["8502"]]
@@ -235,6 +259,7 @@ def test_the_entry_refuses_an_engine_of_another_gpu(releases: Path, tmp_path: Pa
         tool(tmp_path, name, script)
     command = [sys.executable, "-m", "serving.container_entry", str(folder), str(tmp_path / "cache")]
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment["SIGHTLINE_STORE"] = str(tmp_path / "features")
 
     def enter() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -244,6 +269,11 @@ def test_the_entry_refuses_an_engine_of_another_gpu(releases: Path, tmp_path: Pa
     assert "the engine was built for 1 x h100" in refused.stderr
     tool(tmp_path, "nvidia-smi", "echo NVIDIA H100, 9.0, 81559")
     assert enter().stdout.startswith("started --model-repository=")
+    with open_store(str(tmp_path / "features"), readonly=True) as store:
+        assert store.read_items([5], [Versions.read(folder / "model_repository/lookup/1").items.version]).status == [0]
+    del environment["SIGHTLINE_STORE"]
+    assert "SIGHTLINE_STORE: expected the location of the feature store" in enter().stderr
+    environment["SIGHTLINE_STORE"] = str(tmp_path / "features")
     set_version(tmp_path, "tensorrt_llm", "1.3.0")
     assert "the engine was built with TensorRT-LLM 1.2.1, here is 1.3.0" in enter().stderr
     shutil.rmtree(tmp_path / "packages")
@@ -310,7 +340,7 @@ def test_the_image_installs_packages_of_the_lock() -> None:
 def test_the_image_has_everything_that_runs_in_it(releases: Path) -> None:
     """Imports with only the image's packages: all that the python models, the entry and the probe import."""
     served = [path.read_text() for path in releases.glob("release/model_repository/*/1/model.py")]
-    assert len(served) == 3
+    assert len(served) == 5
     imports = sorted({
         line for text in served for line in text.splitlines()
         if line.startswith(("import ", "from ")) and "triton_python_backend_utils" not in line
@@ -360,7 +390,9 @@ def test_the_image_is_made_from_the_pinned_one() -> None:
 
 def test_compose_starts_what_the_command_starts(compose: dict[str, Any]) -> None:
     given = options(
-        run_command(Path("x"), "x", host="127.0.0.1", grpc_port=8501, http_port=8500, metrics_port=8502)
+        run_command(
+            Path("x"), "x", host="127.0.0.1", grpc_port=8501, http_port=8500, metrics_port=8502, store="f", queue="q"
+        )
     )
     assert compose["image"] == container.IMAGE
     assert [compose["gpus"]] == given["--gpus"]
@@ -371,9 +403,12 @@ def test_compose_starts_what_the_command_starts(compose: dict[str, Any]) -> None
     assert compose["security_opt"] == given["--security-opt"]
     assert compose["ports"] == given["--publish"]
     assert [compose["stop_grace_period"]] == [f"{seconds}s" for seconds in given["--stop-timeout"]]
-    mount, cache = compose["volumes"]
+    mount, cache, state = compose["volumes"]
     assert (mount["type"], mount["target"], mount["read_only"]) == ("bind", node.MOUNT, True)
     assert (cache["type"], cache["target"]) == ("volume", node.CACHE)
+    assert (state["type"], state["target"]) == ("volume", node.STATE)
+    defaults = [f"{name}=${{{name}:-{value}}}" for name, value in (one.split("=") for one in given["--env"])]
+    assert [f"{name}={value}" for name, value in compose["environment"].items() if value] == defaults
     assert compose["restart"] == "unless-stopped"
 
 

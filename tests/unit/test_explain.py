@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 from evaluation.explain import SEMANTIC, explain, plot
 from sightline import cli
 from sightline.annotation import Annotated
-from sightline.errors import ConfigError, ReleaseError, TokenSpecError
+from sightline.errors import ConfigError, ReleaseError, StoreError, TokenSpecError
+from sightline.features import Versions
+from sightline.profile import Profile
+from sightline.store import UserRecord, open_store
+from sightline.store.transfer import load, user_table
 from sightline.tokens import TokenSpec
 from trainer.captioning import write_captions
 
@@ -25,7 +29,7 @@ NOTE = Annotated("a small red mug, red lid", (4, 2), {"red": 9, "mug": 3}, ("red
 FAMILIES = ("word", "bigram", "trigram", "slot", "semantic", "confidence", "sample")
 
 # score = sigmoid(Σ table[item tokens] + Σ weight · table[profile tokens] − Σ weight · table[negative profile tokens]
-# + 0.1 · user index + 0.01 · item index + dense + 0.001 · position)
+# + 0.1 · user index + 0.01 · item index + mood + 0.001 · position)
 EMBED = """
 <ir_version: 8, opset_import: ["" : 17]>
 embed (int64[B, 1] USER_INDEX, int64[B, 1] ITEM_INDEX, int64[B, 1] CONTEXT, int64[B, L] ITEM_TOKENS,
@@ -54,11 +58,12 @@ embed (int64[B, 1] USER_INDEX, int64[B, 1] ITEM_INDEX, int64[B, 1] CONTEXT, int6
 """
 SCORE = """
 <ir_version: 8, opset_import: ["" : 17]>
-score (float[B, 1, 1] FEATURES, float[B, 1] DENSE) => (float[B, 1] SCORE)
-<int64[1] last = {1}>
+score (float[B, 1, 1] FEATURES, float[B, 4] DENSE) => (float[B, 1] SCORE)
+<int64[1] last = {1}, int64[1] three = {3}>
 {
+  mood = Gather <axis = 1> (DENSE, three)
   feature = Squeeze (FEATURES, last)
-  logit = Add (feature, DENSE)
+  logit = Add (feature, mood)
   SCORE = Sigmoid (logit)
 }
 """
@@ -88,15 +93,18 @@ def made(spec: TokenSpec, tmp_path: Path):
         onnx.save(embed, models / "embed" / "1" / "model.onnx")
         onnx.save(onnx.parser.parse_model(SCORE), models / "score" / "1" / "model.onnx")
         mug, red, lid = (word_row(spec, word) for word in ("mug", "red", "lid"))
-        users = {
-            "user_id": [0, 7], "user_index": [0, 1], "profile_tokens": [[0, 0, 0], [mug, red, 0]],
-            "profile_weights": pa.array([[0, 0, 0], [0.75, 0.25, 0]], pa.list_(pa.float32())),
-            "profile_negative_tokens": [[0, 0, 0], [lid, 0, 0]],
-            "profile_negative_weights": pa.array([[0, 0, 0], [1, 0, 0]], pa.list_(pa.float32())),
-            "dense": pa.array([[0], [0.5]], pa.list_(pa.float32())),
+        for name, known in (("user", 7), ("item", 5)):
+            table = pa.table({f"{name}_id": [0, known], f"{name}_index": [0, 1]})
+            pq.write_table(table, models / "lookup" / "1" / f"{name}s.parquet")
+        record = {
+            "version": "ranker", "captioner_version": "v1", "token_spec_version": spec.version, "token_length": 96,
+            "profile": {"length": 3},
         }  # fmt: skip
-        pq.write_table(pa.table(users), models / "lookup" / "1" / "users.parquet")
-        pq.write_table(pa.table({"item_id": [0, 5], "item_index": [0, 1]}), models / "lookup" / "1" / "items.parquet")
+        (models / "lookup" / "1" / "ranker.json").write_text(json.dumps(record))
+        (tmp_path / "cpu-test" / "features").mkdir()
+        likes = user(7, [mug, red, 0], [0.75, 0.25, 0], [lid, 0, 0], [1, 0, 0], mood=0.5)
+        users = user_table(Versions.of(record).users, [likes])
+        pq.write_table(users, tmp_path / "cpu-test" / "features" / "users.parquet")
         columns = json.dumps(json.dumps([{"name": "position", "cardinality": 10}]))
         (models / "rank_media" / "config.pbtxt").write_text(
             f'name: "rank_media"\nparameters {{ key: "context" value: {{ string_value: {columns} }} }}\n'
@@ -104,6 +112,17 @@ def made(spec: TokenSpec, tmp_path: Path):
         return tmp_path / "cpu-test"
 
     return make
+
+
+def user(
+    identity: int, tokens: list[int], weights: list[float], negative: list[int], passed: list[float], mood: float
+) -> UserRecord:
+    profile = Profile(
+        tokens=np.array(tokens), weights=np.array(weights, np.float32), negative_tokens=np.array(negative),
+        negative_weights=np.array(passed, np.float32), dense=np.array([0, 0, 0, mood], np.float32),
+    )  # fmt: skip
+    nothing = np.zeros(0, np.int64)
+    return UserRecord(id=identity, profile=profile, items=nothing, times=nothing, strengths=nothing.astype(np.float32))
 
 
 def word_row(spec: TokenSpec, word: str) -> int:
@@ -191,12 +210,28 @@ def test_errors_are_clear(made, tmp_path: Path) -> None:
         explain(folder, 0, 0, "red\x1fq")
     with pytest.raises(ReleaseError, match="nowhere: expected a release"):
         explain(tmp_path / "nowhere", 0, 0, "red")
-    for damaged in ("rank_media/config.pbtxt", "lookup/1/users.parquet", "embed/1/model.onnx"):
+    for damaged in ("rank_media/config.pbtxt", "lookup/1/users.parquet", "lookup/1/ranker.json", "embed/1/model.onnx"):
         whole = (file := folder / "model_repository" / damaged).read_bytes()
         file.write_bytes(b"\xff\xfe no more")
         with pytest.raises(ReleaseError, match="expected a release"):
             explain(folder, 0, 0, "red")
         file.write_bytes(whole)
+
+
+def test_profiles_of_a_store_are_those_of_now(spec, made, tmp_path: Path) -> None:
+    """User 7 as the store has them, and nobody where it has none."""
+    folder = made({word_row(spec, "mug"): 1.0})
+    location = str(tmp_path / "store")
+    with open_store(location) as store:
+        load(store, folder / "features" / "users.parquet", lambda rows: None)
+        changed = user(7, [word_row(spec, "mug"), 0, 0], [0.25, 0, 0], [0, 0, 0], [0, 0, 0], mood=0.0)
+        store.write_users("ranker", [changed])
+    logit = 0.1 + 0.01  # of the indices
+    assert explain(folder, 7, 5, "", store=location).score == pytest.approx(sigmoid(logit + 0.25), abs=1e-6)
+    assert explain(folder, 7, 5, "").score == pytest.approx(sigmoid(logit + 0.75 + 0.5), abs=1e-6)
+    assert explain(folder, 8, 5, "", store=location).score == pytest.approx(sigmoid(0.01), abs=1e-6)
+    with pytest.raises(StoreError, match="expected a feature store"):
+        explain(folder, 7, 5, "", store=str(tmp_path / "none"))
 
 
 def test_the_command_writes_table_picture_and_json(spec, made, tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def held_out(folder: Path, rows: int = 400) -> None:
         "ITEM_INDEX": rng.integers(0, shape.items, (rows, 1)),
         "CONTEXT": np.stack([rng.integers(0, n, rows) for n in shape.context.values()], 1),
         "ITEM_TOKENS": rng.integers(0, shape.token_rows, (rows, document["token_length"])),
-        "PROFILE_TOKENS": rng.integers(0, shape.token_rows, (rows, document["profile_length"])),
-        "PROFILE_WEIGHTS": rng.dirichlet(np.ones(document["profile_length"]), rows).astype(np.float32),
-        "PROFILE_NEGATIVE_TOKENS": rng.integers(0, shape.token_rows, (rows, document["profile_length"])),
-        "PROFILE_NEGATIVE_WEIGHTS": rng.dirichlet(np.ones(document["profile_length"]), rows).astype(np.float32),
+        "PROFILE_TOKENS": rng.integers(0, shape.token_rows, (rows, document["profile"]["length"])),
+        "PROFILE_WEIGHTS": rng.dirichlet(np.ones(document["profile"]["length"]), rows).astype(np.float32),
+        "PROFILE_NEGATIVE_TOKENS": rng.integers(0, shape.token_rows, (rows, document["profile"]["length"])),
+        "PROFILE_NEGATIVE_WEIGHTS": rng.dirichlet(np.ones(document["profile"]["length"]), rows).astype(np.float32),
         "DENSE": rng.normal(size=(rows, shape.dense)).astype(np.float32),
     }
     export_ranker(folder, folder / "onnx")

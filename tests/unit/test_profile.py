@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sightline.errors import ConfigError
-from sightline.profile import ProfileConfig, UserProfiles
+from sightline.errors import ConfigError, DataError
+from sightline.profile import Affinities, Profile, ProfileConfig, UserProfiles, UserState
 
 BASE, AMOUNT = np.arange(100), np.ones(100, np.float32)
 FOREVER = 1e12
@@ -137,3 +137,68 @@ def test_stranger_has_the_prior():
 def test_bad_configuration(bad):
     with pytest.raises(ConfigError, match="expected"):
         ProfileConfig(**bad)
+
+
+def bits(profile: Profile) -> list[bytes]:
+    return [value.tobytes() for value in vars(profile).values()]
+
+
+@pytest.mark.parametrize("half_life", [400.0, 1.0], ids=["slow", "rescaled"])
+def test_a_state_goes_on_from_its_bytes_as_if_nothing_had_happened(half_life):
+    """In every bit, also where sums are rescaled in between, and where tokens come after it that are new."""
+    rng = np.random.default_rng(5)
+    whole, parts = new(half_life=half_life, length=20), new(half_life=half_life, length=20)
+    for event in range(400):
+        row = rng.integers(0, 20 + event // 5, 5)
+        for profiles in (whole, parts):
+            profiles.observe(1, row, strength=float(np.sin(event)))
+        if rng.random() < 0.3:
+            parts = new(half_life=half_life, length=20)
+            parts.restore(1, whole.dump(1))
+            assert parts.dump(1) == whole.dump(1)
+        assert bits(parts.read(1)) == bits(whole.read(1))
+    assert parts.dump(1) == whole.dump(1)
+
+
+def test_a_state_is_56_bytes_and_20_per_token():
+    profiles = new()
+    assert profiles.dump(1) == UserState().to_bytes()
+    assert len(profiles.dump(1)) == 56
+    profiles.observe(1, tokens(5, 7, 0), strength=1.0)
+    profiles.observe(1, tokens(5, 9), strength=1.0)
+    assert len(profiles.dump(1)) == 56 + 3 * 20
+    profiles.restore(2, UserState().to_bytes())
+    assert bits(profiles.read(2)) == bits(profiles.read(3))
+
+
+def test_one_implementation_for_a_user_and_for_all_of_them():
+    config = ProfileConfig(length=3)
+    affinities, state, profiles = Affinities(config, BASE, AMOUNT), UserState(), UserProfiles(config, BASE, AMOUNT)
+    for item in range(1, 30):
+        affinities.observe(state, tokens(item, item % 4 + 50), strength=(-1.0) ** item)
+        profiles.observe(8, tokens(item, item % 4 + 50), strength=(-1.0) ** item)
+    assert state.to_bytes() == profiles.dump(8)
+    assert bits(affinities.read(state)) == bits(profiles.read(8))
+
+
+def test_damaged_states_are_refused():
+    profiles = new()
+    profiles.observe(1, tokens(5, 7), strength=0.5)
+    good = profiles.dump(1)
+    for bad, message in (
+        (b"", "expected a header of 56 bytes, got 0 bytes"),
+        (good[:50], "got 50 bytes"),
+        (b"SLfr" + good[4:], "first bytes: expected b'SLup', got b'SLfr'"),
+        (good[:4] + b"\2" + good[5:], "layout: expected 1, got 2"),
+        (good[:-1], "size: expected 96, got 95"),
+        (good + b"x", "size: expected 96, got 97"),
+    ):
+        with pytest.raises(DataError, match=message):
+            UserState.from_bytes(bad)
+    for place in range(16, len(good)):
+        bad = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+        with pytest.raises(DataError, match="user state: checksum"):
+            UserState.from_bytes(bad)
+    with pytest.raises(DataError, match="user state"):
+        profiles.restore(1, good[:-3])
+    assert profiles.dump(1) == good

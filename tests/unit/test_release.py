@@ -25,11 +25,13 @@ def stage(folder: Path, content: str) -> str:
     for name in (MODEL, "model_repository/tokenize/1/token_spec.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{name} {content}")
-    bearer = folder / release.ID_BEARER
-    bearer.parent.mkdir(parents=True, exist_ok=True)
-    bearer.write_text(f"release: {release.UNPUBLISHED}")
+    bearers = [folder / name for name in release.ID_BEARERS]
+    for bearer in bearers:
+        bearer.parent.mkdir(parents=True, exist_ok=True)
+        bearer.write_text(f"release: {release.UNPUBLISHED}")
     identity = release.release_id("cpu", folder)
-    bearer.write_text(f"release: {identity}")
+    for bearer in bearers:
+        bearer.write_text(f"release: {identity}")
     manifest = release.Manifest(
         release=identity, created_at=datetime.now(UTC), lane="cpu", stand_ins=[],
         components=release.Components(captioner="c", token_spec="t", ranker="r"),
@@ -59,7 +61,7 @@ def test_id_follows_from_content(tmp_path: Path) -> None:
     assert release.current(tmp_path).name == first
 
 
-@pytest.mark.parametrize("name", [MODEL, release.ID_BEARER])
+@pytest.mark.parametrize("name", [MODEL, *release.ID_BEARERS])
 def test_changed_file_is_named(tmp_path: Path, name: str) -> None:
     folder = tmp_path / publish(tmp_path, "one")
     (folder / name).write_text("tampered")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,76 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import redis
 from typer.testing import CliRunner
 
 from sightline.commands import store as commands
 from sightline.errors import DataError, StoreError
-from sightline.profile import DENSE, Profile
-from sightline.store import Items, ItemSchema, Schema, Status, UserRecord, UserSchema, open_store, transfer
+from sightline.store import Items, ItemSchema, Schema, Status, open_store, transfer
 from sightline.store.base import FeatureStore
 from sightline.store.records import encode_items
-from tests.redis_server import redis_cluster, redis_server
-
-OLD = ItemSchema(version="v1", captioner="caption-1", token_spec="spec-1", tokens=4)
-NEW = ItemSchema(version="v2", captioner="caption-2", token_spec="spec-2", tokens=6, vector=3)
-USERS = UserSchema(version="v1", token_spec="spec-1", profile=2, history=3)
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sightline.store.transfer", "sightline.store.embedded", "sightline.store.server"])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as (port, _):
-        yield f"redis://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with redis_cluster(tmp_path_factory.mktemp("cluster")) as port:
-        yield f"redis://127.0.0.1:{port}"
-
-
-@pytest.fixture(params=["lmdb", "server", "cluster"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty store."""
-    if request.param == "lmdb":
-        return str(tmp_path / "features")
-    url: str = request.getfixturevalue(request.param)
-    empty(url)
-    return url
-
-
-def empty(url: str) -> None:
-    with redis.Redis.from_url(url) as client:
-        kind = redis.RedisCluster if client.info("cluster")["cluster_enabled"] else redis.Redis
-        with kind.from_url(url) as all_of_it:
-            all_of_it.flushall()
-
-
-def items(schema: ItemSchema, ids: list[int], *, generation: int = 0) -> Items:
-    """Every second has a vector, every third no media; everything follows from id and generation."""
-    numbers = np.array(ids)
-    return Items(
-        ids=numbers, tokens=(numbers[:, None] * 7 + np.arange(schema.tokens) + generation) % 1000 + 1,
-        captions=[f"{schema.version}: Tasse № {one}, {generation}" for one in ids],
-        media_hashes=[None if one % 3 == 0 else f"{one * 31 + generation:064x}" for one in ids],
-        vectors=np.sin(numbers[:, None] + np.arange(schema.vector)),
-        has_vector=(numbers % 2 == 0) & (schema.vector > 0),
-    )  # fmt: skip
-
-
-def user(identity: int, events: int) -> UserRecord:
-    return UserRecord(
-        id=identity,
-        profile=Profile(
-            tokens=np.array([identity, 0]), weights=np.array([0.5, 0], np.float32), negative_tokens=np.array([7, 9]),
-            negative_weights=np.array([0.25, 0.125], np.float32), dense=np.arange(len(DENSE), dtype=np.float32),
-        ),
-        items=np.arange(events) + 2**40, strengths=np.linspace(-1, 1, events, dtype=np.float32),
-        times=np.arange(events) + 1_700_000_000_000_000, state=bytes(range(identity % 50)),
-    )  # fmt: skip
+from tests.feature_stores import NEW, OLD, PROCESSES, USERS, items, user
 
 
 def contents(location: str) -> dict[str, list[tuple[int, bytes, bytes | None]]]:
@@ -475,29 +412,36 @@ def _load(location: str, path: Path, acknowledged: Connection) -> None:
         transfer.load(store, path, acknowledged.send, batch=64)
 
 
-def _checked(location: str, at_least: int) -> None:
-    """All that was acknowledged is there, as it was written, and nothing else."""
+def _checked(location: str, at_least: int, position: int) -> None:
+    """All that was acknowledged is there, as it was written, and nothing else; the log of changes names all of it."""
     with open_store(location) as store:
         (mark,) = store.marks().values()  # first: a server may still be at the last command of a client that is dead
         assert mark >= at_least
         report = transfer.verify(store, NEW, lambda rows: None)
         assert report.damaged == {}
         if location.startswith("redis"):
-            assert mark <= report.records <= mark + 64  # killed between the batch and its mark
+            assert mark <= report.records <= mark + 64
         else:
             assert report.records == mark
         ids = np.arange(1, mark + 1)
         batch = store.read_items(ids, ["v2"])
         assert not batch.status.any()
         assert np.array_equal(batch.tokens, items(NEW, ids.tolist()).tokens)
+        _, changed = store.changes(position)
+        assert changed is not None
+        assert np.array_equal(changed[:mark], ids)
 
 
-@pytest.mark.parametrize("location", ["lmdb", "server"], indirect=True)
+@pytest.mark.parametrize("location", ["lmdb", "lone_redis"], indirect=True)
 def test_killed_loader_loses_nothing_that_was_acknowledged(location: str, tmp_path: Path) -> None:
     """kill −9 twelve times at random moments; each loader goes on where the last one was killed."""
     path = write_features(tmp_path / "items.parquet", NEW, 12_000, group=1000)
     chance = random.Random(0)
     acknowledged = 0
+    with open_store(location) as store:
+        store.register(NEW)
+        store.delete(NEW, [99_999])
+        position, _ = store.changes(-1)
     for _ in range(12):
         here, there = PROCESSES.Pipe(duplex=False)
         loader = PROCESSES.Process(target=_load, args=(location, path, there))
@@ -517,7 +461,7 @@ def test_killed_loader_loses_nothing_that_was_acknowledged(location: str, tmp_pa
                 break
         here.close()
         acknowledged = sum(heard)
-        _checked(location, acknowledged)
+        _checked(location, acknowledged, position)
     with open_store(location) as store:
         heard = []
         transfer.load(store, path, heard.append)
@@ -540,7 +484,7 @@ def _watch(location: str, result: Connection) -> None:
     result.send(seen)
 
 
-@pytest.mark.parametrize("location", ["lmdb", "server"], indirect=True)
+@pytest.mark.parametrize("location", ["lmdb", "lone_redis"], indirect=True)
 def test_reading_processes_never_see_half_of_a_write(location: str) -> None:
     """One writer, four reading processes. A generation fills all tokens of all items with one number."""
     ids = np.arange(1, 201)

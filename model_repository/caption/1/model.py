@@ -1,5 +1,5 @@
-"""Media bytes → caption and word confidences: decode, encode, prompt, generate, detokenise, for all rows of a batch at
-once.
+"""Media bytes → caption and word confidences: decode, encode, prompt, generate, detokenise, for media that are missing
+in the store, several at once.
 """
 
 from __future__ import annotations
@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,18 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from sightline.annotation import Annotated
-from sightline.caption_batch import Answer, DownstreamError, answer
+from sightline.caption_jobs import DownstreamError, Job
+from sightline.caption_service import CaptionService
 from sightline.errors import MediaError
 from sightline.media import MediaSpec, load
-from sightline.prompt import CaptionPrompt
+from sightline.prompt import CaptionPrompt, captioner_version
 from sightline.words import WordHead
 
 FEATURES = ("image_features", "pooled_features")  # of vision_encoder
 
 
 class TritonPythonModel:
-    """One instance; Triton runs two, so that one decodes media while the other waits for the decoder."""
+    """Answers requests as `CaptionService` does."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read tokenizer, prompt, preprocessing and, if there, the word classifier from the model's version folder."""
@@ -38,47 +41,41 @@ class TritonPythonModel:
         # vision_encoder's own max_batch_size, written here by the build.
         self.encoder_batch = int(config["parameters"]["vision_encoder_max_batch_size"]["string_value"])
         self.table_type: str = config["parameters"]["prompt_table_type"]["string_value"]
-        self.max_batch: int = config["max_batch_size"]
         self.threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+        self.service = CaptionService(pb_utils, args, captioner_version(folder), self._caption)
 
     def finalize(self) -> None:
-        """Stop the decoding threads."""
+        """End what is under way."""
+        self.service.close()
         self.threads.shutdown()
 
-    async def execute(self, requests: list[Any]) -> list[Any]:
-        """Caption the rows of all requests together; MEDIA is BYTES [rows, 1] in each."""
-        # Triton's async_exec waits in a thread of the loop's default executor. That has cores + 4: too few for
-        # a batch to reach the decoder together. The loop, new in every call, shuts this one down.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(self.max_batch))
-        return await answer(requests, self._caption, pb_utils)
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests with MEDIA BYTES [rows, 1]; they are answered later."""
+        self.service.execute(requests)
 
-    async def _caption(self, media: dict[str, bytes]) -> list[Answer]:
-        """Content hash → bytes; one answer per item, in order."""
+    async def _caption(self, jobs: Sequence[Job]) -> None:
+        """Caption media together; before each step those that nobody waits for any more are left out."""
         loop = asyncio.get_running_loop()
         loaded = await asyncio.gather(
-            *(loop.run_in_executor(self.threads, load, item, self.spec) for item in media.values()),
-            return_exceptions=True,
+            *(loop.run_in_executor(self.threads, load, job.data, self.spec) for job in jobs), return_exceptions=True
         )
-        for item in loaded:
-            if isinstance(item, BaseException) and not isinstance(item, MediaError):
+        seen: list[tuple[Job, NDArray[np.float32]]] = []  # with its frames [n, 3, H, W]
+        for job, item in zip(jobs, loaded, strict=True):
+            if isinstance(item, MediaError):
+                job.reject(item.reason)
+            elif isinstance(item, BaseException):
                 raise item
-        frames = [item for item in loaded if isinstance(item, np.ndarray)]  # each FP32 [n, 3, H, W]
-        if not frames:
-            return [self._rejected(item) for item in loaded]
-        ends = np.cumsum([len(item) for item in frames])[:-1]
-        features, pooled = (np.split(output, ends) for output in await self._encode(np.concatenate(frames)))
-        seen = [digest for digest, item in zip(media, loaded, strict=True) if isinstance(item, np.ndarray)]
-        captions = await asyncio.gather(*map(self._generate, features, seen))
+            elif job.wanted:
+                seen.append((job, item))
+        if not seen:
+            return
+        ends = np.cumsum([len(frames) for _, frames in seen])[:-1]
+        encoded = await self._encode(np.concatenate([frames for _, frames in seen]))
+        features, pooled = (np.split(output, ends) for output in encoded)
         levels: list[dict[str, int]] = self.words(pooled) if self.words else [{} for _ in pooled]
-        answers = (
-            Answer(Annotated(caption, confidences=known).to_text())
-            for caption, known in zip(captions, levels, strict=True)
-        )
-        return [next(answers) if isinstance(item, np.ndarray) else self._rejected(item) for item in loaded]
-
-    @staticmethod
-    def _rejected(error: Any) -> Answer:
-        return Answer(error=error.reason)
+        rows = [(job, *row) for (job, _), *row in zip(seen, features, levels, strict=True) if job.wanted]
+        rows.sort(key=_length)
+        await asyncio.gather(*(self._generate(list(group)) for _, group in groupby(rows, _length)))
 
     async def _encode(self, pixels: NDArray[np.float32]) -> list[NDArray[Any]]:
         """Frames [N, 3, H, W] → image features [N, P, D] and pooled features [N, width], in chunks of what
@@ -89,34 +86,41 @@ class TritonPythonModel:
         )
         return [np.concatenate([output[name] for output in outputs]) for name in FEATURES]
 
-    async def _generate(self, features: NDArray[Any], digest: str) -> str:
-        """Image features [frames, P, D] of one item with content hash `digest` → caption.
+    async def _generate(self, rows: list[tuple[Job, NDArray[Any], dict[str, int]]]) -> None:
+        """Jobs with image features [frames, P, D], all of as many frames, and levels of words → their captions.
 
-        The features are the rows of its prompt table. Their ids are the same for every item, so the decoder's KV
+        The features are the rows of an item's prompt table. Their ids are the same for every item, so the decoder's KV
         cache tells items apart by an extra id per position: the hash's first 64 bits, 0 for text.
         """
-        table = features.reshape(1, -1, features.shape[-1])
-        ids = self.prompt.ids(table.shape[1])
+        tables = np.stack([features.reshape(-1, features.shape[-1]) for _, features, _ in rows])
+        ids = np.tile(self.prompt.ids(tables.shape[1]), (len(rows), 1))
         scalars = {
-            "input_lengths": len(ids),
+            "input_lengths": ids.shape[1],
             "request_output_len": self.prompt.max_new_tokens,
             "end_id": self.prompt.end_id,
             "pad_id": self.prompt.pad_id,
-            "prompt_vocab_size": table.shape[1],
+            "prompt_vocab_size": tables.shape[1],
         }
-        extra = np.where(ids >= self.prompt.vocab_size, np.uint64(int(digest[:16], 16) or 1), np.uint64(0))
-        output = await _call(
-            "tensorrt_llm",
-            {
-                "input_ids": ids[None],
-                "prompt_embedding_table": _typed(table, self.table_type),
-                "prompt_table_extra_ids": extra[None],
-            }
-            | {name: np.array([[value]], dtype=np.int32) for name, value in scalars.items()},
-            ["output_ids", "sequence_length"],
-        )
-        length = int(output["sequence_length"].flat[0])
-        return self.prompt.text(output["output_ids"].reshape(-1)[:length])
+        own = np.array([[int(job.digest[:16], 16) or 1] for job, _, _ in rows], np.uint64)
+        inputs = {
+            "input_ids": ids,
+            "prompt_embedding_table": _typed(tables, self.table_type),
+            "prompt_table_extra_ids": np.where(ids >= self.prompt.vocab_size, own, np.uint64(0)),
+        } | {name: np.full((len(rows), 1), value, np.int32) for name, value in scalars.items()}
+        try:
+            output = await _call("tensorrt_llm", inputs, ["output_ids", "sequence_length"])
+        except DownstreamError as error:
+            for job, _, _ in rows:
+                job.fail(error)
+            return
+        ends = output["sequence_length"].reshape(-1)
+        for (job, _, levels), written, end in zip(rows, output["output_ids"], ends, strict=True):
+            caption = self.prompt.text(written.reshape(-1)[:end])
+            job.caption(Annotated(caption, confidences=levels).to_text())
+
+
+def _length(row: tuple[Job, NDArray[Any], dict[str, int]]) -> int:
+    return len(row[1])
 
 
 async def _call(model: str, inputs: dict[str, Any], outputs: list[str]) -> dict[str, NDArray[Any]]:
@@ -128,7 +132,10 @@ async def _call(model: str, inputs: dict[str, Any], outputs: list[str]) -> dict[
     )
     response = await request.async_exec()
     if response.has_error():
-        raise DownstreamError(f"{model}: {response.error().message()}")
+        error = response.error()
+        raise DownstreamError(
+            f"{model}: {error.message()}", unavailable=error.code() == pb_utils.TritonError.UNAVAILABLE
+        )
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from sightline.caption_batch import Answer, DownstreamError, answer
+from sightline.caption_jobs import DownstreamError, Job
+from sightline.caption_service import CaptionService
 from sightline.errors import MediaError
 from sightline.media import MediaSpec, decode
 from sightline.node import BASE_IMAGE, TENSORRT_LLM
-from sightline.prompt import IMAGE, CaptionPrompt
+from sightline.prompt import IMAGE, CaptionPrompt, captioner_version
+from sightline.words import WORDS
 
 try:
     from tensorrt_llm import LLM, SamplingParams
@@ -54,25 +57,32 @@ class TritonPythonModel:
         # temperature 0: greedy, as the engine's captions are.
         self.sampling = SamplingParams(max_tokens=self.prompt.max_new_tokens, temperature=0.0)
         self.threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+        version = captioner_version(folder)
+        if (folder / WORDS).exists():
+            version += "-plain"  # the other lanes keep levels of words with their captions
+        self.service = CaptionService(pb_utils, args, version, self._caption)
 
     def finalize(self) -> None:
-        """Stop the LLM's workers and the decoding threads."""
+        """End what is under way, stop the LLM's workers and the decoding threads."""
+        self.service.close()
         self.llm.shutdown()
         self.threads.shutdown()
 
-    async def execute(self, requests: list[Any]) -> list[Any]:
-        """Caption the rows of all requests together; MEDIA is BYTES [rows, 1] in each."""
-        return await answer(requests, self._caption, pb_utils)
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests with MEDIA BYTES [rows, 1]; they are answered later."""
+        self.service.execute(requests)
 
-    async def _caption(self, media: dict[str, bytes]) -> list[Answer]:
-        """Content hash → bytes; one answer per item, in order."""
-        return list(await asyncio.gather(*map(self._one, media.values())))
+    async def _caption(self, jobs: Sequence[Job]) -> None:
+        """Each by itself, all at once."""
+        await asyncio.gather(*map(self._one, jobs))
 
-    async def _one(self, data: bytes) -> Answer:
+    async def _one(self, job: Job) -> None:
         try:
-            frames = await asyncio.get_running_loop().run_in_executor(self.threads, decode, data, self.spec)
+            frames = await asyncio.get_running_loop().run_in_executor(self.threads, decode, job.data, self.spec)
         except MediaError as error:
-            return Answer(error=error.reason)
+            return job.reject(error.reason)
+        if not job.wanted:
+            return
         # The checkpoint's own processor resizes, so the frames go in as they are, one placeholder for each.
         text = self.prompt.template.replace(IMAGE, IMAGE * len(frames))
         try:
@@ -80,5 +90,6 @@ class TritonPythonModel:
                 {"prompt": text, "multi_modal_data": {"image": frames}}, sampling_params=self.sampling
             ).aresult()
         except Exception as error:
-            raise DownstreamError(f"caption: the LLM API failed: {type(error).__name__}: {error}") from error
-        return Answer(self.prompt.text(result.outputs[0].token_ids))
+            job.fail(DownstreamError(f"caption: the LLM API failed: {type(error).__name__}: {error}"))
+        else:
+            job.caption(self.prompt.text(result.outputs[0].token_ids))
