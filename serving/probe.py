@@ -41,7 +41,8 @@ def canary(url: str, *, timeout: float = 60.0) -> float:
                 )
                 tensor.set_data_from_numpy(value)
                 tensors.append(tensor)
-            answer = client.infer("rank_media", tensors, client_timeout=timeout)
+            # A new caption: with a stored one the canary would not notice a dead captioner.
+            answer = client.infer("rank_media", tensors, client_timeout=timeout, parameters={"fresh": True})
     except triton.InferenceServerException as error:
         raise ServingError(f"rank_media: the canary inference on {url} failed: {error.message()}") from error
     score = float(answer.as_numpy("SCORE")[0, 0])

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -94,7 +94,7 @@ class CaptionService:
             deadline = None if seconds is None else arrived + seconds - self._reserve
             asker = Asker(
                 deadline=deadline, nearline=bool(parameters.get("nearline")), fresh=bool(parameters.get("fresh")),
-                cancelled=sender.is_cancelled,
+                cancelled=_now_and_then(sender.is_cancelled),
             )  # fmt: skip
         except ConfigError as error:
             asker = str(error)
@@ -196,6 +196,19 @@ class _Queue:
         self._thread.shutdown()
         if self._opened is not None:
             self._opened.close()
+
+
+def _now_and_then(ask: Callable[[], bool]) -> Callable[[], bool]:
+    """`ask`, which is a message to the server and back, at most every 10 ms: a request has many rows."""
+    asked, found = 0.0, False
+
+    def answer() -> bool:
+        nonlocal asked, found
+        if time.monotonic() > asked + 0.01:
+            asked, found = time.monotonic(), ask()
+        return found
+
+    return answer
 
 
 def _refused(media: Mapping[str, bytes]) -> dict[str, Answer]:

@@ -1,7 +1,7 @@
 """The embedded store: LMDB, a memory-mapped B-tree. Any number of reading processes, one writer at a time.
 
 Per feature version a named database, 8-byte big-endian id → record, so that scans run in the order of ids; a second
-one for the captions. `.meta` has the schemas, the marks and the leases; `.changes` the ids int64 [C] of the last writes
+one for the captions. `.meta` has the schemas and the marks; `.changes` the ids int64 [C] of the last writes
 by their positions, none for a drop; `caption.<captioner>` captions by the 32 bytes of their media's hash. A write is
 one transaction, flushed to the disk before it returns: readers see all of it or nothing, and so does whoever opens the
 store after a crash.
@@ -31,7 +31,7 @@ __all__ = ["LmdbStore"]
 _MAP_BYTES = 1 << 38  # address space, not memory or disk: the most that a store can hold
 _DATABASES, _READERS = 512, 1024
 _META, _CHANGES = b".meta", ".changes"
-_SCHEMA, _MARK, _LEASE = b"schema:", b"mark:", b"lease:"
+_SCHEMA, _MARK = b"schema:", b"mark:"
 _CAPTIONS = "caption."
 _UNTIL = struct.Struct("<d16s")  # of a lease: its end, in seconds since 1970, and its holder
 
@@ -57,12 +57,20 @@ class LmdbStore(FeatureStore):
             )  # fmt: skip
             self._env.reader_check()  # readers that were killed would keep old pages in use
             self._meta = self._env.open_db(_META, create=not readonly)
+        self._leases = self._env  # which cannot be written to, as it should be
         if not readonly:
             self._database(_CHANGES, create=True)
+            # Apart, so that a lease waits for no disk and no load, and is no change to the rest. A crash of the machine
+            # ends the leases' holders, too.
+            with self._errors():
+                self._leases = lmdb.open(
+                    os.fspath(self.path / "leases"), map_size=1 << 30, sync=False, metasync=False, meminit=False
+                )
         self._seen = (-1, 0)  # a transaction, and the position of the last change in it
 
     def close(self) -> None:
         self._env.close()
+        self._leases.close()
 
     def scan(self, schema: Schema, batch: int = 2048) -> Iterator[list[tuple[int, bytes, bytes | None]]]:
         """One transaction from the first to the last batch: what it yields is the store at one moment."""
@@ -208,36 +216,36 @@ class LmdbStore(FeatureStore):
 
     def _claim(self, name: bytes, seconds: float) -> bool:
         with self._errors():
-            with self._env.begin() as txn:  # first, so that whoever waits for a lease takes no writer's time
+            with self._leases.begin() as txn:  # first, so that whoever waits for a lease takes no writer's time
                 if self._is_of_another(txn, name):
                     return False
-            with self._env.begin(write=True) as txn:
+            with self._leases.begin(write=True) as txn:
                 if self._is_of_another(txn, name):
                     return False
-                txn.put(_LEASE + name, _UNTIL.pack(time.time() + seconds, self._holder), db=self._meta)
+                txn.put(name, _UNTIL.pack(time.time() + seconds, self._holder))
                 self._sweep(txn, name)
         return True
 
-    def _is_of_another(self, txn: lmdb.Transaction, name: bytes) -> bool:
-        lease = txn.get(_LEASE + name, db=self._meta)
-        return lease is not None and not bytes(lease).endswith(self._holder) and not _has_ended(lease)
-
     def _sweep(self, txn: lmdb.Transaction, name: bytes) -> None:
         """Look at two leases for one that is made, and remove those that nobody ended: so they do not pile up."""
-        with txn.cursor(self._meta) as cursor:
-            cursor.set_range(_LEASE + name + b"\0")
+        with txn.cursor() as cursor:
+            cursor.set_range(name + b"\0")
             for _ in range(2):
-                if not bytes(cursor.key()).startswith(_LEASE):  # behind the last: go on with the first
-                    cursor.set_range(_LEASE)
+                if not cursor.key():  # behind the last: go on with the first
+                    cursor.first()
                 if _has_ended(cursor.value()):
                     cursor.delete()
                 else:
                     cursor.next()
 
+    def _is_of_another(self, txn: lmdb.Transaction, name: bytes) -> bool:
+        lease = txn.get(name)
+        return lease is not None and not bytes(lease).endswith(self._holder) and not _has_ended(lease)
+
     def _unclaim(self, name: bytes) -> None:
-        with self._errors(), self._env.begin(write=True) as txn:
-            if (txn.get(_LEASE + name, db=self._meta) or b"").endswith(self._holder):
-                txn.delete(_LEASE + name, db=self._meta)
+        with self._errors(), self._leases.begin(write=True) as txn:
+            if bytes(txn.get(name) or b"").endswith(self._holder):
+                txn.delete(name)
 
     def _put_schema(self, space: str, text: bytes) -> bytes:
         with self._errors(), self._opening, self._env.begin(write=True) as txn:
@@ -261,9 +269,17 @@ class LmdbStore(FeatureStore):
         if space not in self._open:
             with self._opening:  # LMDB asks that no two threads do this at once
                 if space not in self._open:
-                    with self._errors():
-                        self._open[space] = self._env.open_db(space.encode(), create=create)
+                    self._open[space] = self._opened(space.encode(), create)
         return self._open[space]
+
+    def _opened(self, name: bytes, create: bool) -> Any:
+        with self._errors():
+            if self._env.flags()["readonly"]:
+                return self._env.open_db(name, create=create)
+            # In a transaction of ours: `open_db` begins its own without letting other threads run, among them perhaps
+            # the one whose write it waits for.
+            with self._env.begin(write=True) as txn:
+                return self._env.open_db(name, txn, create=create)
 
     def _find(self, space: str) -> Any | None:
         """The database, None where there is none so far."""

@@ -60,7 +60,8 @@ def test_an_llm_api_release_says_what_it_needs(tmp_path: Path) -> None:
     plan = llmapi_plan(captioner, ranker, tmp_path / "build", ExportOptions(), options)
     name = build_release(captioner, ranker, tmp_path / "releases", plan=plan)
     models = tmp_path / "releases" / name / "model_repository"
-    assert {path.name for path in models.iterdir()} == {"caption", "tokenize", "lookup", "embed", "score", "rank_media"}
+    served = {"caption", "tokenize", "lookup", "embed", "score", "rank_media", "rank_items", "events"}
+    assert {path.name for path in models.iterdir()} == served
     assert (models / "caption" / "1" / "checkpoint" / "model.safetensors").exists()
     manifest = release.read_manifest(tmp_path / "releases" / name)
     assert (manifest.lane, manifest.stand_ins) == ("llmapi", ["onnxruntime (python, CPU)"])
