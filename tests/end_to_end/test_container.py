@@ -40,6 +40,7 @@ def test_the_entry_serves_answers_the_health_check_and_ends_on_the_stop_signal(f
     runtime.make_backends(tmp_path / "backends")
     environment = runtime.environment()
     environment["PATH"] = f"{runtime.binary.parent}:{environment['PATH']}"
+    environment["SIGHTLINE_STORE"] = str(tmp_path / "features")
     (tmp_path / "cache").mkdir()
     port = choose_port("port", "127.0.0.1", 0)
     log = tmp_path / "log"
