@@ -2,7 +2,7 @@
 
 An id may lie in any of the `WAYS` places of one set, which a hash of the id chooses; eight keys of 8 bytes are a cache
 line. To find, insert and drop are a few array operations whatever the number of rows; nothing is ever moved, and the
-memory is bounded. A set that is full gives up its places in turn.
+memory is bounded. Only a set that is full gives up its places, in turn.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ class ItemCache:
         return np.where(here[np.arange(len(ids)), way], sets * WAYS + way, -1)
 
     def insert(self, ids: NDArray[np.int64], values: NDArray[np.float32], status: NDArray[np.uint8]) -> None:
-        """Add rows of ids that are not here, each once. Where more ids fall into a set than it has places, the last
-        ones stay."""
+        """Add rows of ids that are not here, each once: into free places of their sets, then in turn. Where more ids
+        fall into a set than it has places, the last ones stay.
+        """
         sets = self._sets(ids)
         order = np.argsort(sets, kind="stable")
         ids, sets = ids[order], sets[order]
         turn = np.arange(len(sets)) - np.searchsorted(sets, sets)  # number within its set
-        way = (self._next[sets] + turn) % WAYS
+        waited = (np.arange(WAYS) - self._next[sets, None]) % WAYS
+        ranked = np.argsort(waited + WAYS * (self._keys[sets] != _FREE), axis=1)
+        way = ranked[np.arange(len(sets)), turn % WAYS]
         self.evicted += int((self._keys[sets, way] != _FREE).sum())
         self._keys[sets, way] = ids
         np.add.at(self._next, sets, 1)

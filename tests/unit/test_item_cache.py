@@ -53,6 +53,18 @@ def test_a_cache_holds_about_as_many_rows_as_it_was_made_for() -> None:
     assert cache.evicted < 0.03 * len(ids)
 
 
+def test_a_free_place_is_taken_before_another_id_loses_its_own() -> None:
+    """Dropped and inserted again and again, as changed items are: nothing else is evicted."""
+    cache, ids = ItemCache(64, 2), np.arange(1, 33)
+    cache.insert(ids, rows_of(ids), np.zeros(len(ids), np.uint8))
+    evicted, here = cache.evicted, ids[cache.find(ids) >= 0]
+    for one in np.tile(here, 5):
+        cache.drop(one[None])
+        cache.insert(one[None], rows_of(one[None]), np.zeros(1, np.uint8))
+    assert cache.evicted == evicted
+    assert (cache.find(here) >= 0).all()
+
+
 def test_more_new_ids_than_a_set_holds() -> None:
     cache, ids = ItemCache(WAYS, 2), np.arange(1, 100)
     cache.insert(ids, rows_of(ids), np.zeros(len(ids), np.uint8))
