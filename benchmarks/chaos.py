@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 import re
@@ -46,10 +45,11 @@ from benchmarks.environment import describe
 from benchmarks.hot import data
 from benchmarks.hot.grpc_load import GrpcLoad
 from benchmarks.hot.load import percentiles
+from benchmarks.program import add_options, run, say
 from benchmarks.redis_server import free_port, run_redis
 from serving.probe import canary
 from serving.supervisor import DEAD, example, model_processes
-from sightline.errors import ConfigError, ServingError, SightlineError
+from sightline.errors import ConfigError, ServingError
 from sightline.features import Versions
 from sightline.media import content_hash
 from sightline.queue import ItemEvent, open_queue
@@ -451,38 +451,28 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse(argv: Sequence[str] | None) -> ChaosOptions:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").partition("\n")[0])
     defaults = ChaosOptions()
     parser.add_argument("--faults", nargs="+", default=FAULTS, metavar="FAULT", help=", ".join(FAULTS))
-    for name, what in (
-        ("rate", "requests of rank_items per second"), ("trickle", "requests of rank_media per second"),
-        ("timeout", "seconds that clients wait"), ("before", "seconds of load before the kill"),
-        ("after", "seconds of load after the recovery"), ("within", "seconds in which a dead model has to be back"),
-        ("items", "in the catalogue"), ("users", "in the catalogue"), ("candidates", "items per request"),
-        ("out", "folder for data, stores and logs"),
-    ):  # fmt: skip
-        default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (default {default})")
+    add_options(parser, defaults, {
+        "rate": "requests of rank_items per second",
+        "trickle": "requests of rank_media per second",
+        "timeout": "seconds that clients wait",
+        "before": "seconds of load before the kill",
+        "after": "seconds of load after the recovery",
+        "within": "seconds in which a dead model has to be back",
+        "items": "in the catalogue",
+        "users": "in the catalogue",
+        "candidates": "items per request",
+        "out": "folder for data, stores and logs",
+    })  # fmt: skip
     given = vars(parser.parse_args(argv))
     return replace(defaults, **given | {"faults": tuple(given["faults"])})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    say((__doc__ or "").strip() + "\n")
-    try:
-        document = Chaos(parse(argv)).run()
-    except (SightlineError, OSError) as error:
-        say(f"chaos: {error}")
-        return 1
-    for line in document["broken"]:
-        say(f"broken: {line}")
-    print(json.dumps(document))
-    return 1 if document["broken"] else 0
+    return run("chaos", __doc__, Chaos(parse(argv)).run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Method: the capacity by bisection (99 % within 10 ms) with the updates going on;
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import shutil
@@ -42,9 +41,10 @@ from benchmarks.hot.load import Line, Load, Window
 from benchmarks.hot.search import capacity
 from benchmarks.hot.servers import TOLERANCE
 from benchmarks.hot.work import Plain
+from benchmarks.program import add_options, run, say
 from serving.supervisor import Supervision, model_processes
 from serving.triton import TritonServer
-from sightline.errors import ConfigError, ServingError, SightlineError
+from sightline.errors import ConfigError, ServingError
 from sightline.events import Event, EventRules, Outcome, apply
 from sightline.store import FeatureStore, Items, open_store
 
@@ -320,35 +320,25 @@ def table(minutes: Sequence[Minute]) -> str:
     return "\n".join(lines)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse(argv: Sequence[str] | None) -> SoakOptions:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").partition("\n")[0])
     defaults = SoakOptions()
-    for name, what in (
-        ("minutes", "how long"), ("share", "of the capacity that is offered"), ("seconds", "length of a minute"),
-        ("limit", "ms that the 99th percentile may have where the capacity is measured"),
-        ("items", "in the catalogue"), ("users", "in the catalogue"), ("candidates", "items per request"),
-        ("updates", "items, and events, per second that are written"), ("out", "folder for data, store and log"),
-    ):  # fmt: skip
-        default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (default {default})")
+    add_options(parser, defaults, {
+        "minutes": "how long",
+        "share": "of the capacity that is offered",
+        "seconds": "length of a minute",
+        "limit": "ms that the 99th percentile may have where the capacity is measured",
+        "items": "in the catalogue",
+        "users": "in the catalogue",
+        "candidates": "items per request",
+        "updates": "items, and events, per second that are written",
+        "out": "folder for data, store and log",
+    })  # fmt: skip
     return replace(defaults, **vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    say((__doc__ or "").strip() + "\n")
-    try:
-        document = Soak(parse(argv)).run()
-    except (SightlineError, OSError) as error:
-        say(f"soak: {error}")
-        return 1
-    for line in document["broken"]:
-        say(f"broken: {line}")
-    print(json.dumps(document))
-    return 1 if document["broken"] else 0
+    return run("soak", __doc__, Soak(parse(argv)).run)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,8 @@ from typing import Any, NoReturn
 from benchmarks.hot import __doc__ as question
 from benchmarks.hot.measure import Bench, HotOptions
 from benchmarks.hot.report import markdown, write_report
+from benchmarks.program import say
 from sightline.errors import SightlineError
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> HotOptions:

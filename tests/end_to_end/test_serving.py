@@ -272,8 +272,9 @@ SERVE = [sys.executable, "-m", "sightline.cli", "serve", "--grpc-port=0", "--htt
 
 def start_command(releases_dir: Path) -> tuple[subprocess.Popen[str], str]:
     """`sightline serve` up to the line that it can be stopped, and the token of its server."""
+    state = releases_dir.parent
     process = subprocess.Popen(
-        [*SERVE, f"--releases={releases_dir}"],
+        [*SERVE, f"--releases={releases_dir}", f"--store={state / 'features'}", f"--queue={state / 'queue'}"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
