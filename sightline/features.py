@@ -57,7 +57,9 @@ class Versions:
         try:
             return cls.of(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ReleaseError(f"{path}: expected the JSON of a trained ranker: {error!r}; train it again") from error
+            raise ReleaseError(
+                f"{path}: expected the JSON of a trained ranker: {error!r}; build a release of one, or name another"
+            ) from error
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:

@@ -11,6 +11,7 @@ import typer
 
 from sightline.commands.options import QUEUE, RELEASES, STORE, Name, Queue, Releases, Store
 from sightline.errors import ConfigError
+from sightline.store.location import is_server
 
 if TYPE_CHECKING:
     from sightline.queue import DeadLetter, ItemQueue
@@ -78,18 +79,14 @@ def enqueue(
 @app.command("stats")
 def stats(queue: Queue = QUEUE) -> None:
     """How many events wait, are taken or dead, and the age of the oldest in seconds, as JSON."""
-    from sightline.queue import open_queue
-
-    with open_queue(queue) as opened:
+    with _existing(queue) as opened:
         typer.echo(json.dumps(asdict(opened.stats())))
 
 
 @dead.command("list")
 def list_dead(which: Which = None, queue: Queue = QUEUE) -> None:
     """A line of JSON per event: item, media hash, reason, attempts."""
-    from sightline.queue import open_queue
-
-    with open_queue(queue) as opened:
+    with _existing(queue) as opened:
         for letter in _chosen(opened, which):
             shown: dict[str, Any] = {"item": letter.item_id, "media_hash": letter.media_hash,
                                      "media_bytes": letter.media_bytes}  # fmt: skip
@@ -99,9 +96,7 @@ def list_dead(which: Which = None, queue: Queue = QUEUE) -> None:
 @dead.command("retry")
 def retry_dead(which: Which = None, queue: Queue = QUEUE) -> None:
     """Queue them again, as if they were new."""
-    from sightline.queue import open_queue
-
-    with open_queue(queue) as opened:
+    with _existing(queue) as opened:
         for letter in (letters := _chosen(opened, which)):
             opened.revive(letter)
     typer.echo(f"{len(letters)} events wait again")
@@ -114,15 +109,24 @@ def drop_dead(
     queue: Queue = QUEUE,
 ) -> None:
     """Remove them with their media."""
-    from sightline.queue import open_queue
-
-    with open_queue(queue) as opened:
+    with _existing(queue) as opened:
         letters = _chosen(opened, which)
         if letters and not yes:
             typer.confirm(f"Remove {len(letters)} events with their media?", abort=True, err=True)
         for letter in letters:
             opened.drop(letter)
     typer.echo(f"{len(letters)} events removed")
+
+
+def _existing(location: str) -> ItemQueue:
+    """The queue; a folder that is none stays as it is."""
+    from sightline.queue import open_queue
+
+    if not is_server(location) and not Path(location, "new").is_dir():
+        raise ConfigError(
+            f"--queue {location}: there is none; expected a queue, as `sightline nearline enqueue` makes it"
+        )
+    return open_queue(location)
 
 
 def _chosen(queue: ItemQueue, which: list[str] | None) -> list[DeadLetter]:

@@ -409,3 +409,10 @@ def test_commands(embedded: tuple[str, str], tmp_path: Path) -> None:
     assert run("dead", "list") == ""
     result = CliRunner().invoke(app, ["nearline", "dead", "retry", "beef", "--queue", embedded[0]])
     assert "beef: expected the beginning of a dead event's media hash" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [["stats"], ["dead", "list"], ["dead", "retry"], ["dead", "drop", "--yes"]])
+def test_looking_at_a_queue_that_is_not_there_makes_none(tmp_path: Path, command: list[str]) -> None:
+    with pytest.raises(ConfigError, match="there is none; expected a queue"):
+        CliRunner().invoke(app, ["nearline", *command, "--queue", str(tmp_path / "typo")], catch_exceptions=False)
+    assert not (tmp_path / "typo").exists()
