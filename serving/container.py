@@ -15,9 +15,9 @@ from pathlib import Path
 from serving.runtime import choose_port
 from sightline import __version__
 from sightline.errors import ReleaseError, ServingError
+from sightline.location import PASSWORD, absolute, is_server
 from sightline.node import CACHE, MOUNT, STATE
 from sightline.release import Manifest, verify
-from sightline.store.location import PASSWORD, absolute, is_server
 
 IMAGE = f"sightline:{__version__}"
 BUILD = f"docker build --tag {IMAGE} --file deploy/Containerfile ."

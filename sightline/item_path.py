@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from sightline.errors import StoreError
 from sightline.item_cache import ItemCache
-from sightline.lookup import Lookup, tensors
+from sightline.lookup import Complaint, Lookup, tensors
 from sightline.store import FeatureStore, Status
 
 __all__ = ["MAX_ITEMS", "STAGES", "ItemPath", "RankedItems"]
@@ -58,7 +58,7 @@ class ItemPath:
     """
 
     def __init__(self, folder: Path, store: FeatureStore, *, cache_rows: int = 1 << 20) -> None:
-        self.lookup, self._store = Lookup(folder, store), store
+        self.lookup, self._store, self._complain = Lookup(folder, store), store, Complaint(_log)
         self._items, self._rank = _session(folder / "items.onnx"), _session(folder / "rank.onnx")
         self.cache = ItemCache(cache_rows, self._items.get_outputs()[0].shape[1])
         self._accept: list[str] = [self.lookup.versions.items.version]
@@ -133,7 +133,7 @@ class ItemPath:
             batch = self._store.read_items(ids, self._accept)
             tokens, status, there = batch.tokens[:, :length], batch.status, True
         except StoreError as error:
-            _log.error("%d items are ranked without their features: %s", len(ids), error)
+            self._complain("%d items are ranked without their features: %s", len(ids), error)
             tokens, status, there = np.zeros((len(ids), length), np.int64), np.full(len(ids), Status.missing), False
         feed = {"ITEM_INDEX": self.lookup.items(ids)[:, None], "ITEM_TOKENS": np.ascontiguousarray(tokens)}
         (values,) = self._items.run(["ITEM_FEATURES"], feed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sightline.features import Versions
 from sightline.profile import Affinities, Profile, UserState
 from sightline.store import FeatureStore, Status
 
-__all__ = ["Index", "Lookup", "Tables", "tensors"]
+__all__ = ["Complaint", "Index", "Lookup", "Tables", "tensors"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,18 @@ def tensors(profile: Profile) -> dict[str, NDArray[Any]]:
     }  # fmt: skip
 
 
+class Complaint:
+    """An error that may come with every request, and is logged once a second."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log, self._next = log, 0.0
+
+    def __call__(self, message: str, *arguments: object) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1
+            self._log.error(message, *arguments)
+
+
 class Tables:
     """`ranker.json`, `users.parquet` and `items.parquet` of a folder; `Index` and `Versions.read` say what is raised.
 
@@ -74,7 +87,7 @@ class Lookup(Tables):
 
     def __init__(self, folder: Path, store: FeatureStore) -> None:
         super().__init__(folder)
-        self._store = store
+        self._store, self._complain = store, Complaint(_log)
         store.register(self.versions.users)
 
     def profile(self, user: int) -> tuple[Profile, Status | None]:
@@ -82,7 +95,7 @@ class Lookup(Tables):
         try:
             read = self._store.read_user(user, [self.versions.users.version])
         except StoreError as error:
-            _log.error("user %d is ranked as a stranger: %s", user, error)
+            self._complain("user %d is ranked as a stranger: %s", user, error)
             return self.stranger, None
         return (read.record.profile if read.record else self.stranger), read.status
 

@@ -11,7 +11,7 @@ import typer
 
 from sightline.commands.options import QUEUE, RELEASES, STORE, Name, Queue, Releases, Store
 from sightline.errors import ConfigError
-from sightline.store.location import is_server
+from sightline.location import is_server
 
 if TYPE_CHECKING:
     from sightline.queue import DeadLetter, ItemQueue

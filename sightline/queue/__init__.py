@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
+from sightline.location import is_server
 from sightline.queue.base import Bounds, DeadLetter, ItemEvent, ItemQueue, Offer, Stats, Taken
-from sightline.store.location import is_server
 
 __all__ = ["Bounds", "DeadLetter", "ItemEvent", "ItemQueue", "Offer", "Stats", "Taken", "open_queue"]
 

@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+from sightline.location import absolute, is_server, without_secrets
 from sightline.store.base import FeatureStore, ItemBatch, ItemDetails, UserRead
-from sightline.store.location import absolute, is_server, without_secrets
 from sightline.store.records import Items, ItemSchema, Schema, Status, UserRecord, UserSchema
 
 __all__ = [

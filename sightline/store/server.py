@@ -34,8 +34,8 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from sightline.errors import ConfigError, StoreError
+from sightline.location import PASSWORD, without_secrets
 from sightline.store.base import NOTHING, REMEMBERED, Change, FeatureStore, Mark, Read
-from sightline.store.location import PASSWORD, without_secrets
 from sightline.store.records import Schema, Value
 
 __all__ = ["RedisStore"]

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from build.ranker_onnx import export_ranker
+from sightline.errors import StoreError
 from sightline.item_cache import WAYS, ItemCache
 from sightline.item_path import STAGES, ItemPath
 from sightline.lookup import tensors
@@ -131,3 +132,29 @@ def test_more_items_than_the_cache_holds(path: tuple[ItemPath, FeatureStore, Pat
     found = ranks(7, ids, context)
     np.testing.assert_array_equal(found.scores[[4, 8, 10]], ranks(7, np.array([5, 9, 11]), context).scores)
     assert len(ranks.cache) <= 2 * 64
+
+
+class Gone:
+    """A store whose reads fail from now on."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("read_user", "read_items", "changes"):
+            raise StoreError("gone")
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_gone_is_complained_of_once_a_second(
+    path: tuple[ItemPath, FeatureStore, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks, store, _ = path
+    ranks._store = ranks.lookup._store = Gone(store)
+    for item in range(1, 101):
+        found = ranks(7, np.array([item]), np.zeros(2, np.int64))
+        assert not found.complete
+        assert (found.user, found.status.tolist()) == (None, [2])
+    words = [record.getMessage() for record in caplog.records]
+    for complaint in ("ranked as a stranger", "without their features", "out of date"):
+        assert 1 <= sum(complaint in line for line in words) <= 5

@@ -1,4 +1,4 @@
-"""What a store's location is: a folder, or the URL of a Redis server."""
+"""What the location of a store or a queue is: a folder, or the URL of a Redis server."""
 
 from __future__ import annotations
 
