@@ -114,9 +114,9 @@ class ItemPath:
         """Features FP32 [N, W], status uint8 [N], status of those that were not in the cache, and whether all could be
         read.
         """
-        place = self.cache.find(ids)
-        features, status = self.cache.values[place], self.cache.status[place]
-        absent = np.flatnonzero(place < 0)
+        row = self.cache.find(ids)
+        features, status = self.cache.values.take(row, 0), self.cache.status.take(row)
+        absent = np.flatnonzero(row < 0)
         if not len(absent):
             return features, status, status[:0], True
         new, at = np.unique(ids[absent], return_inverse=True)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -145,10 +145,35 @@ class Metrics:
             )
             self._sender.start()
 
+    def counter(self, name: str, **labels: str) -> Callable[[float], None]:
+        """What adds to a counter, for a place that does so often: the series is looked up once, and is there from now
+        on, at 0.
+        """
+        with self._lock:
+            series = self._find(name, "counter", labels)
+
+        def add(amount: float) -> None:
+            with self._lock:
+                series[0] += amount
+
+        return add
+
+    def histogram(self, name: str, **labels: str) -> Callable[[float], None]:
+        """What adds an observation to a histogram; as `counter`."""
+        with self._lock:
+            series = self._find(name, "histogram", labels)
+        buckets = FAMILIES[name].buckets
+
+        def add(value: float) -> None:
+            with self._lock:
+                series[0] += value
+                series[1 + bisect_left(buckets, value)] += 1
+
+        return add
+
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
-        with self._lock:
-            self._find(name, "counter", labels)[0] += amount
+        self.counter(name, **labels)(amount)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
@@ -157,10 +182,7 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add an observation to a histogram."""
-        with self._lock:
-            series = self._find(name, "histogram", labels)
-            series[0] += value
-            series[1 + bisect_left(FAMILIES[name].buckets, value)] += 1
+        self.histogram(name, **labels)(value)
 
     def value(self, name: str, **labels: str) -> float:
         """Sum of the samples called `name` (of a histogram `…_bucket`, `…_sum` or `…_count`) that have these labels."""

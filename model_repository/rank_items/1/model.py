@@ -29,6 +29,18 @@ class TritonPythonModel:
         )
         (columns,) = next(tensor["dims"] for tensor in config["input"] if tensor["name"] == "CONTEXT")
         self.metrics = Metrics(pb_utils, model="rank_items")
+        counter, histogram = self.metrics.counter, self.metrics.histogram
+        self._seconds = [histogram("sightline_items_seconds", stage=stage) for stage in (*STAGES, "total")]
+        self._ranked = [counter("sightline_items_ranked_total", status=status.name) for status in Status]
+        self._reads, self._users = (
+            [counter("sightline_store_reads_total", kind=kind, status=status.name) for status in Status]
+            for kind in ("item", "user")
+        )
+        self._hits, self._misses = (
+            counter("sightline_items_cache_reads_total", result=result) for result in ("hit", "miss")
+        )
+        self._evictions = counter("sightline_items_cache_evictions_total")
+        self._degraded = counter("sightline_degraded_requests_total", reason="store")
         self.path(0, np.zeros(MAX_ITEMS, np.int64), np.zeros(int(columns), np.int64))
 
     def finalize(self) -> None:
@@ -44,24 +56,21 @@ class TritonPythonModel:
 
     def _rank(self, user: int, items: NDArray[np.int64], context: NDArray[np.int64]) -> RankedItems:
         evicted = self.path.cache.evicted
-        found, metrics = self.path(user, items, context), self.metrics
-        for stage, seconds in zip((*STAGES, "total"), (*found.seconds, sum(found.seconds)), strict=True):
-            metrics.observe("sightline_items_seconds", seconds, stage=stage)
-        for name, labels, codes in (
-            ("sightline_items_ranked_total", {}, found.status),
-            ("sightline_store_reads_total", {"kind": "item"}, found.read),
-        ):
-            for status, count in zip(Status, np.bincount(codes, minlength=len(Status)).tolist(), strict=True):
-                if count:
-                    metrics.count(name, count, status=status.name, **labels)
-        if found.user is not None:
-            metrics.count("sightline_store_reads_total", kind="user", status=found.user.name)
-        metrics.count("sightline_items_cache_reads_total", len(items) - len(found.read), result="hit")
+        found = self.path(user, items, context)
+        for observe, seconds in zip(self._seconds, (*found.seconds, sum(found.seconds)), strict=True):
+            observe(seconds)
+        for add, count in zip(self._ranked, _by_status(found.status), strict=True):
+            add(count)
+        self._hits(len(items) - len(found.read))
         if len(found.read):
-            metrics.count("sightline_items_cache_reads_total", len(found.read), result="miss")
-            metrics.count("sightline_items_cache_evictions_total", self.path.cache.evicted - evicted)
+            self._misses(len(found.read))
+            self._evictions(self.path.cache.evicted - evicted)
+            for add, count in zip(self._reads, _by_status(found.read), strict=True):
+                add(count)
+        if found.user is not None:
+            self._users[found.user](1)
         if not found.complete:
-            metrics.count("sightline_degraded_requests_total", reason="store")
+            self._degraded(1)
         return found
 
     def _answer(self, request: Any) -> Any:
@@ -77,3 +86,10 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor("SCORES", scores), pb_utils.Tensor("FEATURE_STATUS", status)]
         )
+
+
+def _by_status(codes: NDArray[np.uint8]) -> list[int]:
+    if not codes.any():  # as nearly always: all of them are fresh
+        return [len(codes), *[0] * (len(Status) - 1)]
+    found: list[int] = np.bincount(codes, minlength=len(Status)).tolist()
+    return found
