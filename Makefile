@@ -13,7 +13,7 @@ PLANNED_GPUS := h200$(if $(filter trtllm,$(LANE)), 2xa10)
 SHAPE := llava-1.5-7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ray test-ray lint doctor build-engines serve evaluate quality bench bench-store bench-hot soak chaos clean
+.PHONY: help setup demo test ray test-ray lint doctor build-engines serve evaluate quality bench bench-store bench-hot bench-merge bench-backfill soak chaos clean
 
 help:           ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ bench-store: setup  ## Measure the feature store's reads beside bare LMDB and Re
 
 bench-hot: setup  ## Measure rank_items beside FastAPI, LitServe, BentoML and Ray Serve (20 minutes); BENCH="--quick" passes options
 	@$(BIN)/python -m benchmarks.hot $(BENCH)
+
+bench-merge: setup  ## Measure merged search of two gallery versions beside FAISS, hnswlib, Milvus Lite; BENCH="--items 1000000"
+	@$(BIN)/python -m benchmarks.merge $(BENCH)
+
+bench-backfill: setup  ## Compare methods of backfilling by retrieval quality; DATA=dir of classes BENCH="--set cifar100 …"
+	@$(BIN)/python -m benchmarks.backfill $(if $(DATA),--data "$(DATA)") $(BENCH)
 
 soak: setup     ## Ten minutes of rank_items at 70 % of capacity while the store changes; BENCH="--minutes 60" passes options
 	@$(BIN)/python -m benchmarks.soak $(BENCH)

@@ -106,6 +106,8 @@ def build_release(
         for model, rows in batches.items():
             configs[model] = render(models / model / "config.pbtxt", {}, max_batch_size=rows)
         render(models / "caption" / "config.pbtxt", {}, _caption_parameters(plan, configs))
+        if not llmapi:
+            render(models / "retrieve" / "config.pbtxt", {}, _caption_parameters(plan, configs))
         entries = [models / model / "config.pbtxt" for model in ("rank_media", "rank_items")]
         for entry in entries:
             render(entry, {}, {"context": json.dumps(ranker["context"])})
@@ -148,7 +150,7 @@ def source_batch() -> int:
 
 
 def _ignored(llmapi: bool) -> Callable[[Any, list[str]], set[str]]:
-    others = ("caption", *ENGINE_MODELS) if llmapi else (LLMAPI_CAPTION,)
+    others = ("caption", *ENGINE_MODELS, "retrieve") if llmapi else (LLMAPI_CAPTION,)
 
     def ignored(folder: Any, names: list[str]) -> set[str]:
         top = Path(folder) == SOURCE
@@ -234,6 +236,7 @@ def _place_captioner(
         "pixel_values": [3, vision["height"], vision["width"]],
         "image_features": [vision["tokens"], vision["hidden"]],
         "pooled_features": [vision["pooled"]],
+        "VECTOR": [vision["pooled"]],
         "prompt_embedding_table": [-1, c.hidden],
     }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from serving.runtime import choose_port
 from sightline import __version__
 from sightline.errors import ReleaseError, ServingError
-from sightline.location import PASSWORD, absolute, is_server
+from sightline.location import PASSWORD, absolute, is_address
 from sightline.node import CACHE, MOUNT, STATE
 from sightline.release import Manifest, verify
 
@@ -82,7 +82,7 @@ def gpu_release(release_dir: Path) -> Manifest:
 
 def run_command(
     release_dir: Path, release: str, *, host: str, grpc_port: int, http_port: int, metrics_port: int, store: str,
-    queue: str | None,
+    queue: str | None, gallery: str | None = None,
 ) -> list[str]:  # fmt: skip
     """The `docker run` argv that serves `release_dir`, which has the id `release`; ports are those of this machine."""
     ports = [(http_port, HTTP_PORT), (grpc_port, GRPC_PORT), (metrics_port, METRICS_PORT)]
@@ -102,6 +102,7 @@ def run_command(
         f"--mount=type=volume,source=sightline-cache-{release},target={CACHE}",
         *_state("SIGHTLINE_STORE", store, f"{STATE}/features"),
         *(_state("SIGHTLINE_QUEUE", queue, f"{STATE}/nearline") if queue else ()),
+        *(_state("SIGHTLINE_GALLERY", gallery, f"{STATE}/gallery") if gallery else ()),
         # A server's password is passed on by its name, so that no list of processes shows it.
         *(f"--env={name}" for name in (PASSWORD,) if os.environ.get(name)),
         # Longer than the 30 s that Triton gives requests in flight.
@@ -111,15 +112,15 @@ def run_command(
 
 
 def _state(variable: str, location: str, inside: str) -> list[str]:
-    """Options that give a python model a store or a queue: a folder of this machine is mounted."""
-    if is_server(location):
+    """Options that give a python model a store, queue or gallery: a folder of this machine is mounted."""
+    if is_address(location):
         return [f"--env={variable}={location}"]
     return [f"--mount=type=bind,source={absolute(location)},target={inside}", f"--env={variable}={inside}"]
 
 
 def serve_in_container(
     release_dir: Path, *, host: str, grpc_port: int, http_port: int, metrics_port: int, store: str,
-    queue: str | None, print_only: bool,
+    queue: str | None, gallery: str | None = None, print_only: bool,
 ) -> str:  # fmt: skip
     """Become the container (Ctrl-C reaches it), or with `print_only` return its command, quoted for a shell.
 
@@ -135,12 +136,13 @@ def serve_in_container(
     command = run_command(
         release_dir, manifest.release,
         host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, store=store, queue=queue,
+        gallery=gallery,
     )  # fmt: skip
     if print_only:
         return shlex.join(command)
     _require_image()
-    for location in (store, queue):
-        if location and not is_server(location):
+    for location in (store, queue, gallery):
+        if location and not is_address(location):
             Path(location).mkdir(parents=True, exist_ok=True)
     os.execvp(command[0], command)
 

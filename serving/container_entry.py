@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from serving.container import GRPC_PORT, HTTP_PORT, METRICS_PORT, gpu_release
+from serving.runtime import RETRIEVE
 from sightline.errors import ServingError, SightlineError
 from sightline.features import seed
 from sightline.node import BASE_IMAGE, PROBE, STATE, Node, require_node
@@ -40,7 +41,8 @@ def server_command(release_dir: Path, gpus: int = 1) -> list[str]:
     Rank 0 answers requests; the others hold their part of the engine and listen nowhere.
     """
     repository = release_dir / "model_repository"
-    models = sorted(path.name for path in repository.iterdir() if path.is_dir())
+    without = () if "SIGHTLINE_GALLERY" in os.environ else (RETRIEVE,)
+    models = sorted(path.name for path in repository.iterdir() if path.is_dir() and path.name not in without)
     first = [
         "tritonserver",
         f"--model-repository={repository}",

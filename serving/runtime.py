@@ -8,11 +8,13 @@ import shutil
 import socket
 import sys
 import sysconfig
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from sightline.errors import ServingError
 
+RETRIEVE = "retrieve"  # the model that is served only where there is a gallery
 # The python-based CPU backends lie beside this package in the repository.
 STAND_INS = Path(__file__).parents[1] / "backends"
 
@@ -75,14 +77,14 @@ class Runtime:
         }
 
 
-def link_models(source: Path, folder: Path) -> list[str]:
-    """Make `folder` a model repository of links into `source`; returns the models' names.
+def link_models(source: Path, folder: Path, without: Collection[str] = ()) -> list[str]:
+    """Make `folder` a model repository of links into `source`; returns the models' names, some left out.
 
     A stub writes bytecode beside a model.py (and heeds no PYTHONDONTWRITEBYTECODE), and a model is loaded again by
     giving its version folder a new time; but a release has to stay what was verified. So folders are made, python
     files are copied, and links lead to the rest.
     """
-    models = sorted(path for path in source.iterdir() if path.is_dir())
+    models = sorted(path for path in source.iterdir() if path.is_dir() and path.name not in without)
     folder.mkdir()
     for path in (path for model in models for path in (model, *sorted(model.rglob("*")))):
         target = folder / path.relative_to(source)

@@ -23,7 +23,7 @@ RECORD = Path("artifacts/logs/supervisor.prom")
 
 def serve_until_stopped(
     release_dir: Path, *, host: str, grpc_port: int, http_port: int, metrics_port: int, store: str, queue: str,
-    supervise: bool = True,
+    gallery: str | None = None, supervise: bool = True,
 ) -> None:  # fmt: skip
     """Serve in the foreground until Ctrl-C or SIGTERM; the latter ends the process, with code 0.
 
@@ -54,7 +54,8 @@ def serve_until_stopped(
             started = math.inf
             try:
                 with TritonServer(
-                    release_dir, host=host, **ports, store=store, queue=queue, supervision=supervision, progress=say
+                    release_dir, host=host, **ports, store=store, queue=queue, gallery=gallery,
+                    supervision=supervision, progress=say,
                 ) as server:
                     started, ports = time.monotonic(), server.ports
                     if supervision and failures:

@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from serving.probe import canary
-from serving.runtime import Runtime, choose_port, link_models
+from serving.runtime import RETRIEVE, Runtime, choose_port, link_models
 from serving.supervisor import Supervision, Supervisor
 from sightline.errors import ServingError
 from sightline.features import seed
+from sightline.gallery import open_gallery
 from sightline.release import verify
 from sightline.store import absolute, open_store, without_secrets
 
@@ -68,6 +69,7 @@ class TritonServer:
         metrics_port: int = 0,
         store: str | None = None,
         queue: str | None = None,
+        gallery: str | None = None,
         supervision: Supervision | None = None,
         log_path: str | Path | None = None,
         timeout: float = 300.0,
@@ -79,6 +81,7 @@ class TritonServer:
             store: location of the feature store, which gets the release's features unless it has them; None: one that
                 ends with the server.
             queue: location of the nearline queue; None: what could not be captioned in time is not queued.
+            gallery: location of the vector gallery, made where there is none; None: `retrieve` is not served.
             supervision: how models whose process dies or hangs are brought back; None: they are not.
 
         Raises:
@@ -97,7 +100,7 @@ class TritonServer:
         self.metrics_url = f"http://{host}:{self._metrics}/metrics"
         self.token = f"sightline_{os.getpid()}_{secrets.token_hex(4)}"
         self.log_path = Path(log_path or f"artifacts/logs/{self.token}.log").resolve()
-        self._store, self._queue, self._supervision = store, queue, supervision
+        self._store, self._queue, self._gallery, self._supervision = store, queue, gallery, supervision
         self._supervisor: Supervisor | None = None
         self._timeout = timeout
         self._progress = progress
@@ -172,11 +175,15 @@ class TritonServer:
         self._progress(f"features: {without_secrets(self.store)}")
         with open_store(self.store) as store:
             seed(self.release_dir, store)
+        if self._gallery is not None:
+            open_gallery(self._gallery).close()  # a new one is made: models open it for reading
 
     def _environment(self) -> dict[str, str]:
         own = {"SIGHTLINE_STORE": absolute(self.store)}
         if self._queue is not None:
             own["SIGHTLINE_QUEUE"] = absolute(self._queue)
+        if self._gallery is not None:
+            own["SIGHTLINE_GALLERY"] = absolute(self._gallery)
         return self._runtime.environment() | own
 
     def _supervise(self) -> None:
@@ -190,7 +197,8 @@ class TritonServer:
     def _start(self) -> None:
         backends, repository = self._run_dir / "backends", self._run_dir / "models"
         self._runtime.make_backends(backends)
-        models = link_models(self.release_dir / "model_repository", repository)
+        without = () if self._gallery is not None else (RETRIEVE,)
+        models = link_models(self.release_dir / "model_repository", repository, without)
         command = [
             str(self._runtime.binary),
             f"--model-repository={repository}",

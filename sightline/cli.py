@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sightline.commands import build, caption, data, demo, evaluate, events, nearline, serve, store, train
+from sightline.commands import backfill, build, caption, data, demo, evaluate, events, nearline, serve, store, train
 from sightline.errors import SightlineError
 
 INTERRUPTED = 130  # Typer's exit code for Ctrl-C, which it says nothing about
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Let a recommender see its items.",
 )
-for group in (data, store, train, caption, build, serve, events, nearline, evaluate, demo):
+for group in (data, store, train, caption, build, serve, events, nearline, backfill, evaluate, demo):
     app.add_typer(group.app)
 
 

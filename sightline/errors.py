@@ -7,7 +7,8 @@
     ├── TokenSpecError    a token specification is invalid or does not match
     ├── ReleaseError      a release is incomplete, tampered with or mixed
     ├── ServingError      the server cannot start or does not answer
-    └── StoreError        a feature store cannot be reached, or holds what it should not
+    ├── StoreError        a feature store cannot be reached, or holds what it should not
+    └── GalleryError      a gallery cannot be reached, or is asked for what it cannot do
 
 Every message says what was expected, what came and what to do.
 """
@@ -15,6 +16,7 @@ Every message says what was expected, what came and what to do.
 __all__ = [
     "ConfigError",
     "DataError",
+    "GalleryError",
     "MediaError",
     "ReleaseError",
     "ServingError",
@@ -58,3 +60,7 @@ class ServingError(SightlineError):
 
 class StoreError(SightlineError):
     """A feature store cannot be reached or written, lacks a version, or holds one under another schema."""
+
+
+class GalleryError(SightlineError):
+    """A gallery cannot be reached or written, lacks a version, or was given vectors that do not fit."""

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from sightline.errors import ReleaseError
+import numpy as np
+
+from sightline.errors import ReleaseError, StoreError
 from sightline.profile import ProfileConfig
 from sightline.schema import open_parquet
-from sightline.store import FeatureStore, ItemSchema, Schema, UserSchema
+from sightline.store import FeatureStore, Items, ItemSchema, Schema, UserSchema
 from sightline.store.transfer import load
+from sightline.tokens import TokenSpec
 
-__all__ = ["FEATURES", "HISTORY", "Versions", "item_schema", "seed", "user_schema"]
+__all__ = ["FEATURES", "HISTORY", "Versions", "carry_over", "item_schema", "seed", "user_schema"]
 
 FEATURES = "features"  # folder of a ranker, and of a release
 HISTORY = 64  # events of a user that are kept
@@ -92,6 +95,48 @@ def seed(release_dir: Path, store: FeatureStore, advance: Callable[[int], object
         path = release_dir / FEATURES / f"{name}.parquet"
         if not _is_there(store, schema, path):
             load(store, path, advance)
+
+
+def carry_over(
+    store: FeatureStore, versions: Versions, spec: TokenSpec, advance: Callable[[int], object] = lambda rows: None
+) -> dict[str, int]:
+    """Tokenize what other captioners said of items by this ranker's token spec, so that it can read these items until
+    its own captioner has described them. Items that it can read already stay as they are; repeat an interrupted call.
+
+    Args:
+        spec: of `versions`.
+        advance: hears of records.
+
+    Returns:
+        Item version that was written → records.
+
+    Raises StoreError for damaged records (`sightline store verify`), TokenSpecError for malformed captions.
+    """
+    own, written = versions.items, dict[str, int]()
+    if own.token_spec != spec.version:
+        raise ReleaseError(f"token spec {spec.version}: expected {own.token_spec}, that of the ranker")
+    accept = versions.accept(store)
+    others = [schema for schema in store.schemas() if schema.kind == "item" and schema.token_spec != own.token_spec]
+    for schema in others:
+        target = item_schema(schema.captioner, own.token_spec, own.tokens)
+        for rows in store.scan(schema):
+            ids = np.array([identity for identity, *_ in rows], np.int64)
+            new = np.flatnonzero(store.read_items(ids, accept).version < 0)
+            details = store.read_details(ids[new], [schema.version])
+            there = [(identity, one) for identity, one in zip(ids[new].tolist(), details, strict=True) if one]
+            if len(there) < len(new):
+                raise StoreError(f"{schema.space}: a record is damaged; `sightline store verify` lists all of them")
+            if there:
+                captions = [one.caption for _, one in there]
+                store.register(target)
+                store.write_items(target.version, Items(
+                    ids=np.array([identity for identity, _ in there], np.int64), tokens=spec.encode_batch(captions),
+                    captions=captions, media_hashes=[one.media_hash for _, one in there],
+                ))  # fmt: skip
+                written[target.version] = written.get(target.version, 0) + len(there)
+            advance(len(rows))
+        accept = versions.accept(store)
+    return written
 
 
 def _is_there(store: FeatureStore, schema: Schema, path: Path) -> bool:

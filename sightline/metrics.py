@@ -89,6 +89,18 @@ FAMILIES: dict[str, Family] = {
     "sightline_events_total": Family(
         "counter", "Interaction events; result: applied, duplicate, late, damaged", ("result",)
     ),
+    "sightline_retrieve_seconds": Family(
+        "histogram", "Time of one search of the gallery; stage: vector (media to vector), search", ("stage",), FAST
+    ),
+    "sightline_retrieve_items_total": Family(
+        "counter", "Items that searches answered, by the gallery's version in which they were found", ("version",)
+    ),
+    "sightline_backfill_items_total": Family(
+        "counter", "Items that a backfill is done with; result: moved, failed, overtaken (changed meanwhile)",
+        ("result",),
+    ),
+    "sightline_backfill_remaining_items": Family("gauge", "Items that a backfill has still to move"),
+    "sightline_backfill_batch_seconds": Family("histogram", "Time of one batch, media to gallery", buckets=SLOW),
     "sightline_nearline_items_total": Family(
         "counter", "Item events that the worker is done with; result: captioned, known, retried, dead", ("result",)
     ),

@@ -38,10 +38,12 @@ CAPTIONS = [
 
 
 def tiny_captioner(
-    folder: Path, seed: int = 0, *, version: str = "test-captioner", layer: int = -2, words: bool = False
+    folder: Path, seed: int = 0, *, version: str = "test-captioner", layer: int = -2, words: bool = False,
+    noise: float = 0.0,
 ) -> Path:
     """A LLaVA folder: CLIP tower of 2 layers on 32 × 32 pixels, LLaMA decoder of 2 layers, random weights; with `words`
-    a random classifier of six words, which gives every level.
+    a random classifier of six words, which gives every level; with `noise` an earlier checkpoint of the same model, so
+    to speak: every weight off by so many standard deviations.
     """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=320)
@@ -64,6 +66,8 @@ def tiny_captioner(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
+        for parameter in model.parameters() if noise else ():
+            parameter += noise * parameter.std(correction=0) * torch.randn_like(parameter)
     save_captioner(model, tokenizer, folder, version=version, frames=4, max_new_tokens=12)
     if words:
         weight = np.random.default_rng(seed).normal(0, 0.05, (len(WORDS), 3 * 32)).astype(np.float32)

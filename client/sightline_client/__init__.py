@@ -11,6 +11,7 @@ from sightline_client.errors import (
 from sightline_client.events import OUTCOMES, Event
 from sightline_client.items import STATUS, RankedItems
 from sightline_client.protocol import TLS, ContextField, ModelInfo, Ranked
+from sightline_client.retrieval import Retrieved
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RankClient",
     "Ranked",
     "RankedItems",
+    "Retrieved",
     "ServerError",
     "SightlineClientError",
     "Unavailable",

@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 from sightline_client.events import Event
 from sightline_client.items import RankedItems
 from sightline_client.protocol import TLS, Ask, ModelInfo, Pause, Ranked, Session, Steps
+from sightline_client.retrieval import Retrieved
 
 __all__ = ["AsyncRankClient", "RankClient"]
 
@@ -83,6 +84,23 @@ class RankClient:
             DeadlineExceeded, Unavailable, ServerError: see `sightline_client.errors`.
         """
         return self._run(self._session.rank_items(user_id, item_ids, context))
+
+    def retrieve(
+        self, media: Sequence[bytes] | None = None, *, vectors: npt.NDArray[Any] | None = None, k: int = 10
+    ) -> list[Retrieved]:
+        """Items of the server's gallery that look like a picture; while the gallery is being moved to another
+        captioner, the nearest of both its versions.
+
+        Args:
+            media: images or videos, any number; or else
+            vectors: content vectors float32 [queries, W] of the served captioner.
+            k: items per query, 1 to 4096.
+
+        Raises:
+            InvalidArgument: wrong arguments, or media that cannot be used.
+            DeadlineExceeded, Unavailable, ServerError: see `sightline_client.errors`.
+        """
+        return self._run(self._session.retrieve(media, vectors, k))
 
     def send_events(self, events: Sequence[Event]) -> list[str]:
         """Tell the server what users did; on return it is in their histories and profiles.
@@ -167,6 +185,12 @@ class AsyncRankClient:
     ) -> RankedItems:
         """See `RankClient.rank_items`."""
         return await self._run(self._session.rank_items(user_id, item_ids, context))
+
+    async def retrieve(
+        self, media: Sequence[bytes] | None = None, *, vectors: npt.NDArray[Any] | None = None, k: int = 10
+    ) -> list[Retrieved]:
+        """See `RankClient.retrieve`."""
+        return await self._run(self._session.retrieve(media, vectors, k))
 
     async def send_events(self, events: Sequence[Event]) -> list[str]:
         """See `RankClient.send_events`."""

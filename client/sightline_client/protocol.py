@@ -1,8 +1,8 @@
 """What is said to the server and when, without saying it: shared by the sync and the asyncio client.
 
-`rank`, `rank_items` and `send_events` are generators of steps: they yield an `Ask` or a `Pause`, the client performs
-it, sends the result in or throws the error in, and gets the answer at the end. Deadline, retries and chunking live
-here once.
+`rank`, `rank_items`, `retrieve` and `send_events` are generators of steps: they yield an `Ask` or a `Pause`, the client
+performs it, sends the result in or throws the error in, and gets the answer at the end. Deadline, retries and chunking
+live here once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from sightline_client import events as event_log
 from sightline_client import items as catalogue
+from sightline_client import retrieval
 from sightline_client.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -31,6 +32,7 @@ from sightline_client.errors import (
 )
 from sightline_client.events import Event
 from sightline_client.items import RankedItems
+from sightline_client.retrieval import Retrieved
 
 __all__ = ["MODEL", "TLS", "Ask", "ContextField", "ModelInfo", "Pause", "Ranked", "Session", "Steps"]
 
@@ -154,6 +156,7 @@ class Session:
         self.info: ModelInfo | None = None
         self._items_info: ModelInfo | None = None
         self._event_batch: int | None = None
+        self._query_batch: int | None = None
         self._timeout = timeout
         self._retries = retries
 
@@ -218,6 +221,23 @@ class Session:
                 raise
             scores[part], status[part] = catalogue.parse(answer, len(ids[part]))
         return RankedItems(ids, scores, status)
+
+    def retrieve(
+        self, media: Sequence[bytes] | None, vectors: npt.NDArray[Any] | None, k: int
+    ) -> Steps[list[Retrieved]]:
+        deadline = time.monotonic() + self._timeout
+        count = retrieval.check(media, vectors, k)
+        if self._query_batch is None:
+            config = (yield from self._ask(deadline, model=retrieval.MODEL)).config
+            self._query_batch = max(config.max_batch_size, 1)
+        found: list[Retrieved] = []
+        for start in range(0, count, self._query_batch):
+            part = slice(start, min(start + self._query_batch, count))
+            inputs = [_tensor(*column) for column in retrieval.columns(media, vectors, part, k)]
+            outputs = [InferRequestedOutput(name) for name in retrieval.OUTPUTS]
+            answer = yield from self._ask(deadline, inputs, outputs, retrieval.MODEL)
+            found += retrieval.parse(answer, part.stop - part.start, k)
+        return found
 
     def send_events(self, events: Sequence[Event]) -> Steps[list[str]]:
         deadline = time.monotonic() + self._timeout

@@ -27,6 +27,13 @@ Queue = Annotated[
     str,
     typer.Option("--queue", envvar="SIGHTLINE_QUEUE", help="A folder, redis://host:port/db, or rediss://… for TLS."),
 ]
+_GALLERY_HELP = "A folder (LMDB and FAISS), http(s)://… for Milvus, a file *.db for Milvus Lite."
+GALLERY = "artifacts/gallery"
+GalleryOption = Annotated[
+    str | None,
+    typer.Option("--gallery", envvar="SIGHTLINE_GALLERY", help=f"Serve `retrieve` from it. {_GALLERY_HELP}"),
+]
+Gallery = Annotated[str, typer.Option("--gallery", envvar="SIGHTLINE_GALLERY", help=_GALLERY_HELP)]
 DATA, CAPTIONER, RANKER, CAPTIONS, RELEASES = (
     Path("artifacts") / name for name in ("data/synthetic", "captioner", "ranker", "captions.parquet", "releases")
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sightline.commands.options import QUEUE, RELEASES, STORE, Name, Port, Queue, Releases, Store
+from sightline.commands.options import QUEUE, RELEASES, STORE, GalleryOption, Name, Port, Queue, Releases, Store
 from sightline.errors import ConfigError
 
 app = typer.Typer()
@@ -30,6 +30,7 @@ def serve(
     target: Annotated[Target, typer.Option(help="gpu: in the container of deploy/.")] = Target.cpu,
     store: Store = STORE,
     queue: Queue = QUEUE,
+    gallery: GalleryOption = None,
     supervise: Annotated[bool, typer.Option(help="Bring back models and the server when their processes die.")] = True,
     print_only: Annotated[
         bool, typer.Option("--print", help="Only show the docker command of --target gpu.")
@@ -47,7 +48,7 @@ def serve(
 
         command = serve_in_container(
             releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
-            store=store, queue=queue, print_only=print_only,
+            store=store, queue=queue, gallery=gallery, print_only=print_only,
         )  # fmt: skip
         typer.echo(command)
         return
@@ -57,7 +58,7 @@ def serve(
 
     serve_until_stopped(
         releases / name, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, store=store,
-        queue=queue, supervise=supervise,
+        queue=queue, gallery=gallery, supervise=supervise,
     )  # fmt: skip
 
 

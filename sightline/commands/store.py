@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sightline.commands.options import STORE, Store
+from sightline.commands.options import RELEASES, STORE, Name, Releases, Store
 from sightline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +54,22 @@ def get(
     for shown in found:
         typer.echo(json.dumps(shown, ensure_ascii=False))
     raise typer.Exit(0 if found else 1)
+
+
+@app.command("carry-over")
+def carry_over(name: Name = "current", releases: Releases = RELEASES, store: Store = STORE) -> None:
+    """Make items that older captioners described readable for a release's ranker, until its own describes them."""
+    from tqdm import tqdm
+
+    from sightline.features import Versions
+    from sightline.features import carry_over as carry
+    from sightline.store import open_store
+    from sightline.tokens import TokenSpec
+
+    models = releases / name / "model_repository"
+    versions, spec = Versions.read(models / "lookup" / "1"), TokenSpec.load(models / "tokenize/1/token_spec.json")
+    with open_store(store) as opened, tqdm(desc="carry over", unit=" items", disable=None) as bar:
+        typer.echo(json.dumps({"written": carry(opened, versions, spec, bar.update)}))
 
 
 @app.command("verify")

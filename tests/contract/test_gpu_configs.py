@@ -59,7 +59,7 @@ def test_the_servers_own_schema_reads_every_configuration(models: Path) -> None:
     with pytest.raises(text_format.ParseError, match="max_inflight_requests"):  # a field of 25.11
         text_format.Parse("ensemble_scheduling { max_inflight_requests: 1 }", schema())
     configurations = [*models.glob("*/config.pbtxt"), *models.glob("*/configs/gpu.pbtxt")]
-    assert len(configurations) == 10 + 5
+    assert len(configurations) == 11 + 5
     for path in configurations:
         text_format.Parse(path.read_text(), schema())
 

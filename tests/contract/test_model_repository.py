@@ -65,6 +65,10 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "python", {"USER_ID": (INT64, [1]), "ITEM_IDS": (INT64, [-1]), "CONTEXT": (INT64, [-1])},
         {"SCORES": (FP32, [-1]), "FEATURE_STATUS": (UINT8, [-1])},
     ),
+    "retrieve": (
+        "python", {"MEDIA": (BYTES, [1]), "VECTOR": (FP32, [-1]), "K": (INT32, [1])},
+        {"ITEM_IDS": (INT64, [-1]), "DISTANCES": (FP32, [-1]), "VERSIONS": (BYTES, [-1])},
+    ),
     "events": ("python", IDS | {"STRENGTH": (FP32, [1]), "TIMESTAMP": (INT64, [1])}, {"APPLIED": (UINT8, [1])}),
 }  # fmt: skip
 
@@ -165,7 +169,9 @@ def test_a_release_leaves_no_size_open(releases_dir: Path) -> None:
         (name, tensor.name): list(tensor.dims)
         for name, config in configs.items()
         for tensor in (*config.input, *config.output)
-        if name != "tensorrt_llm" and tensor.name not in ("ITEM_IDS", "SCORES", "FEATURE_STATUS")
+        if name != "tensorrt_llm" and tensor.name not in (
+            "ITEM_IDS", "SCORES", "FEATURE_STATUS", "DISTANCES", "VERSIONS"
+        )
     }
     assert not [key for key, dims in sizes.items() if -1 in dims]
     assert sizes["vision_encoder", "image_features"] == [16, 48]

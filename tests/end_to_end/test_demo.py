@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from serving.triton import TritonServer
 from sightline import release
@@ -122,3 +123,27 @@ def test_folder_of_unknown_layout_is_refused(tmp_path):
     assert done.returncode == 1
     assert "ratings.csv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ranking_while_the_captioner_is_exchanged(demo, tmp_path):
+    """The ends are the ranker on all old and all new captions; each point in between has its share of both."""
+    from benchmarks import migration
+    from evaluation.migration import scores_of
+    from trainer.captioning import read_captions
+
+    root, _ = demo
+    run, data = root / "demo" / "synthetic-small", root / "data" / "synthetic-small"
+    options = migration.MigrationOptions(
+        run=run, data=data, out=tmp_path / "out", tower_steps=2, steps=2, points=3, draws=10
+    )
+    report = migration.measure(options)
+    assert [point["fraction"] for point in report["points"]] == [0, 0.5, 1]
+    new = read_captions(next(run.glob("captions-*.parquet")))[0]
+    old = read_captions(next((tmp_path / "out").glob("captions-*.parquet")))[0]
+    for captions, point in ((old, report["points"][0]), (new, report["points"][-1])):
+        found = scores_of(data, run / "ranker", captions, tmp_path / "examples.parquet")
+        assert roc_auc_score(found["label"], found["score"]) == pytest.approx(point["all"]["auc"])
+    worse = min((report["points"][0], report["points"][-1]), key=lambda point: point["all"]["auc"])
+    assert worse["all"]["lift_ci95"] == [0, 0]
+    assert (tmp_path / "out" / "auc.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["points"] == report["points"]

@@ -115,6 +115,21 @@ def test_a_store_on_a_server_is_not_mounted(releases: Path, monkeypatch: pytest.
     assert "s3cret" not in " ".join(command)
 
 
+def test_a_gallery_is_mounted_or_named(releases: Path) -> None:
+    def gallery(location: str) -> dict[str, list[str]]:
+        return options(run_command(
+            releases / "current", "r", host="127.0.0.1", store="redis://features:6379/0", queue=None, gallery=location,
+            **PORTS,
+        ))  # fmt: skip
+
+    folder, server = gallery("artifacts/gallery"), gallery("http://milvus:19530")
+    inside = f"{node.STATE}/gallery"
+    assert f"type=bind,source={Path.cwd()}/artifacts/gallery,target={inside}" in folder["--mount"]
+    assert f"SIGHTLINE_GALLERY={inside}" in folder["--env"]
+    assert "SIGHTLINE_GALLERY=http://milvus:19530" in server["--env"]
+    assert len(server["--mount"]) == 2
+
+
 def test_shared_memory_is_enough_for_every_release(releases: Path) -> None:
     from serving.doctor import INSTANCE_BYTES, python_instances
 
@@ -212,11 +227,16 @@ def test_make_serve_passes_the_target_on(variables: list[str], arguments: list[s
 # --- what the container runs ----------------------------------------------------------------------------
 
 
-def test_the_server_loads_every_model_with_its_gpu_configuration(releases: Path) -> None:
+def test_the_server_loads_every_model_with_its_gpu_configuration(
+    releases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SIGHTLINE_GALLERY", raising=False)
     given = options(server_command(releases / "release"))
     models = {path.parent.name for path in releases.glob("release/model_repository/*/config.pbtxt")}
-    assert set(given["--load-model"]) == models
-    assert len(models) == 10
+    assert len(models) == 11
+    assert set(given["--load-model"]) == models - {"retrieve"}
+    monkeypatch.setenv("SIGHTLINE_GALLERY", "/var/lib/sightline/gallery")
+    assert set(options(server_command(releases / "release"))["--load-model"]) == models
     assert given["--model-control-mode"] == ["explicit"]
     assert given["--model-config-name"] == ["gpu"]
     assert [given[f"--{name}-port"] for name in ("http", "grpc", "metrics")] == [["8500"], ["8501"], ["8502"]]
@@ -340,11 +360,14 @@ def test_the_image_installs_packages_of_the_lock() -> None:
 def test_the_image_has_everything_that_runs_in_it(releases: Path) -> None:
     """Imports with only the image's packages: all that the python models, the entry and the probe import."""
     served = [path.read_text() for path in releases.glob("release/model_repository/*/1/model.py")]
-    assert len(served) == 5
+    assert len(served) == 6
     imports = sorted({
         line for text in served for line in text.splitlines()
         if line.startswith(("import ", "from ")) and "triton_python_backend_utils" not in line
-    } | {"import serving.container_entry", "import serving.probe", "import tritonclient.grpc"})  # fmt: skip
+    } | {
+        "import serving.container_entry", "import serving.probe", "import tritonclient.grpc",
+        "import sightline.gallery.embedded", "import sightline.gallery.server",
+    })  # fmt: skip
     guard = f"""
 import sys
 from importlib.metadata import packages_distributions

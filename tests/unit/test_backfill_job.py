@@ -1,0 +1,336 @@
+"""The upgrade of a gallery: begin, move, kill, cut over, roll back, clean; real files, a stand-in encoder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from backfill.job import Writer, backfill, estimate, fill, in_order
+from backfill.throttle import Throttle, quantile, read_buckets
+from backfill.upgrade import begin, clean, cut_over, failures, read_upgrade, roll_back, write_upgrade
+from sightline.content import unit
+from sightline.errors import ConfigError, GalleryError, MediaError, ServingError
+from sightline.gallery import Gallery, open_gallery
+from sightline.retrieval import Retriever, read_views
+
+ITEMS, OLD_WIDTH, NEW_WIDTH = 300, 8, 12
+IDS = np.arange(1, ITEMS + 1)
+
+
+class FakeEncoder:
+    """Media `<item>.<revision>` → a vector that only these and the captioner decide."""
+
+    def __init__(self, version: str, width: int, pause: float = 0.0) -> None:
+        self.version, self.width, self._pause = version, width, pause
+
+    def __call__(self, media: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
+        time.sleep(self._pause)
+        return [MediaError("it is bad") if b"bad" in one else self.vector(one) for one in media]
+
+    def vector(self, media: bytes) -> NDArray[np.float32]:
+        rng = np.random.default_rng([*media, *self.version.encode()])
+        return unit(rng.normal(size=(1, self.width)))[0]
+
+
+OLD, NEW = FakeEncoder("captioner-1", OLD_WIDTH), FakeEncoder("captioner-2", NEW_WIDTH)
+
+
+def media_of(items: Sequence[int]) -> dict[int, bytes | None]:
+    return {item: b"%d.0" % item for item in items}
+
+
+@pytest.fixture(scope="module")
+def graph() -> bytes:
+    """VECTOR [B, 12] → NEW: the same at length 1, OLD: its first 8 numbers at length 1."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("LpNormalization", ["VECTOR"], ["NEW"], axis=1, p=2),
+        helper.make_node("Slice", ["VECTOR", "first", "end", "axes"], ["head"]),
+        helper.make_node("LpNormalization", ["head"], ["OLD"], axis=1, p=2),
+    ]
+    constants = [
+        helper.make_tensor(name, TensorProto.INT64, [1], [value])
+        for name, value in (("first", 0), ("end", OLD_WIDTH), ("axes", 1))
+    ]
+    tensors = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", width])
+        for name, width in (("VECTOR", NEW_WIDTH), ("NEW", NEW_WIDTH), ("OLD", OLD_WIDTH))
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "query", tensors[:1], tensors[1:], constants),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Iterator[Gallery]:
+    """All items under the old captioner."""
+    with open_gallery(str(tmp_path / "gallery")) as opened:
+        assert fill(opened, OLD, OLD.version, OLD.width, media_of(IDS), IDS) == {}
+        yield opened
+
+
+def expected(encoder: FakeEncoder, items: Sequence[int], revision: int = 0) -> NDArray[np.float32]:
+    return np.stack([encoder.vector(b"%d.%d" % (item, revision)) for item in items])
+
+
+def nearest(gallery: Gallery, encoder: FakeEncoder, item: int) -> tuple[int, float, str]:
+    """What a query with the item's own picture finds first."""
+    found = Retriever(gallery, encoder.version)(expected(encoder, [item]), 1)
+    return int(found.ids[0, 0]), float(found.distances[0, 0]), found.versions[0][0]
+
+
+def test_filling_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    with open_gallery(str(tmp_path / "gallery")) as opened:
+        fill(opened, OLD, OLD.version, OLD.width, media_of(IDS), IDS[:100])
+        done = list[int]()
+        media = media_of(IDS) | {200: None, 201: b"bad"}
+        failed = fill(opened, OLD, OLD.version, OLD.width, media, IDS, advance=done.append)
+        assert done[0] == 100
+        assert sum(done) == ITEMS
+        assert failed == {200: "it has no media", 201: "it is bad"}
+        assert opened.count()[OLD.version] == (ITEMS - 2, ITEMS - 2)
+        with pytest.raises(GalleryError, match="bring captioner-2 in with `sightline backfill begin`"):
+            fill(opened, NEW, NEW.version, NEW.width, media_of(IDS), IDS)
+
+
+def test_the_whole_upgrade(gallery: Gallery, graph: bytes) -> None:
+    assert nearest(gallery, OLD, 7)[::2] == (7, OLD.version)
+    with pytest.raises(GalleryError, match="vectors for captioner captioner-1, asked with captioner-2"):
+        nearest(gallery, NEW, 7)
+    upgrade = begin(gallery, NEW.version, graph)
+    assert begin(gallery, NEW.version, graph) == upgrade
+    assert nearest(gallery, NEW, 7)[2] == OLD.version
+    with pytest.raises(GalleryError, match="300 items are still in captioner-1"):
+        cut_over(gallery)
+
+    ended = list[tuple[str, int]]()
+    assert backfill(gallery, NEW, media_of(IDS), advance=lambda *one: ended.append(one)).phase == "moved"
+    assert sum(items for _, items in ended) == ITEMS
+    vectors, there = gallery.get(IDS, upgrade.new)
+    assert there.all()
+    np.testing.assert_allclose(vectors, expected(NEW, IDS), atol=1e-6)
+    assert nearest(gallery, NEW, 7) == (7, pytest.approx(0, abs=1e-6), upgrade.new)
+    assert gallery.count()[OLD.version] == (0, ITEMS)
+
+    cut_over(gallery)
+    assert read_views(gallery).views[NEW.version].versions == {upgrade.new: "new"}
+    assert clean(gallery) == OLD.version
+    assert [version.name for version in gallery.versions()] == [upgrade.new]
+    assert list(read_views(gallery).views) == [NEW.version]
+    assert read_upgrade(gallery) is None
+    assert nearest(gallery, NEW, 9)[0] == 9
+
+
+def test_rolling_back_restores_every_item(gallery: Gallery, graph: bytes) -> None:
+    before, _ = gallery.get(IDS, OLD.version)
+    upgrade = begin(gallery, NEW.version, graph)
+    backfill(gallery, NEW, media_of(IDS))
+    cut_over(gallery)
+    Writer(gallery, NEW, NEW.version)([5, 1000], [b"5.1", b"1000.0"], replace=True)
+    back, without = roll_back(gallery)
+    assert (back.phase, without) == ("rolled back", 2)  # the one that changed and the one that came
+    assert nearest(gallery, OLD, 7)[::2] == (7, OLD.version)
+    after, there = gallery.get(IDS, OLD.version)
+    assert not there[4]
+    np.testing.assert_array_equal(after[there], before[there])
+    assert nearest(gallery, NEW, 1000)[0] == 1000  # the new captioner's queries still see both
+    with pytest.raises(GalleryError, match="queries see 2 items in it"):
+        clean(gallery)
+    media = media_of(IDS) | {5: b"5.1", 1000: b"1000.0"}
+    fill(gallery, OLD, OLD.version, OLD.width, media, np.append(IDS, 1000))
+    assert clean(gallery) == upgrade.new
+    assert list(read_views(gallery).views) == [OLD.version]
+    assert nearest(gallery, OLD, 1000)[0] == 1000
+
+
+def test_what_happens_to_items_meanwhile(gallery: Gallery, graph: bytes) -> None:
+    """Changed, deleted and added while their batch is being embedded: none is overwritten, revived or lost."""
+    upgrade = begin(gallery, NEW.version, graph)
+    write = Writer(gallery, NEW, NEW.version)
+
+    class Meddling(FakeEncoder):
+        done = False
+
+        def __call__(self, media: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
+            if not self.done:
+                self.done = True
+                first = int(media[0].split(b".")[0])
+                write([first], [b"%d.1" % first], replace=True)
+                gallery.delete([int(media[1].split(b".")[0])])
+                write([2000], [b"2000.0"])
+                self.changed, self.gone = first, int(media[1].split(b".")[0])
+            return super().__call__(media)
+
+    meddling, ended = Meddling(NEW.version, NEW.width), list[tuple[str, int]]()
+    assert backfill(gallery, meddling, media_of(IDS), advance=lambda *one: ended.append(one)).phase == "moved"
+    assert ("overtaken", 2) in ended
+    np.testing.assert_allclose(gallery.get([meddling.changed], upgrade.new)[0], expected(NEW, [meddling.changed], 1))
+    assert gallery.seen([meddling.gone, 2000]) == [None, upgrade.new]
+    assert gallery.count()[upgrade.new].seen == ITEMS
+
+
+def test_items_that_cannot_be_embedded_are_named_and_left(gallery: Gallery, graph: bytes) -> None:
+    begin(gallery, NEW.version, graph)
+    media = media_of(IDS) | {3: b"bad", 4: None}
+    del media[5]
+    now = backfill(gallery, NEW, media)
+    assert now.phase == "running"
+    assert failures(gallery) == {3: "it is bad", 4: "it has no media", 5: "5"}
+    assert gallery.seen([3, 4, 5]) == [OLD.version] * 3
+    assert nearest(gallery, NEW, 6)[0] == 6
+    assert backfill(gallery, NEW, media_of(IDS)).phase == "moved"  # mended
+    assert failures(gallery) == {}
+
+
+def test_pause_and_stop(gallery: Gallery, graph: bytes) -> None:
+    upgrade = begin(gallery, NEW.version, graph)
+    moved = list[int]()
+
+    def pause(result: str, items: int) -> None:
+        moved.append(items)
+        write_upgrade(gallery, upgrade.model_copy(update={"phase": "paused"}))
+
+    assert backfill(gallery, NEW, media_of(IDS), batch=32, advance=pause).phase == "paused"
+    assert moved == [32]
+    with pytest.raises(GalleryError, match="expected an upgrade that is running"):
+        backfill(gallery, NEW, media_of(IDS))
+    write_upgrade(gallery, upgrade)
+    assert backfill(gallery, NEW, media_of(IDS), stopped=lambda: True).phase == "running"
+    assert gallery.count()[upgrade.new].seen == 32
+
+
+def _work(folder: str, pause: float) -> None:
+    with open_gallery(folder) as gallery:
+        backfill(gallery, FakeEncoder(NEW.version, NEW.width, pause), media_of(IDS), batch=8)
+
+
+def test_killed_again_and_again(tmp_path: Path, graph: bytes) -> None:
+    """kill −9 at random moments: in the end, what an undisturbed job would have made."""
+    folder = str(tmp_path / "gallery")
+    with open_gallery(folder) as gallery:
+        fill(gallery, OLD, OLD.version, OLD.width, media_of(IDS), IDS)
+        upgrade = begin(gallery, NEW.version, graph)
+    context, rng, kills = multiprocessing.get_context("spawn"), np.random.default_rng(0), 0
+    with open_gallery(folder, readonly=True) as gallery:
+        while True:
+            before = gallery.count()[upgrade.new].seen
+            process = context.Process(target=_work, args=(folder, 0.02))
+            process.start()
+            while process.is_alive() and gallery.count()[upgrade.new].seen == before:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.1)
+            if not process.is_alive():
+                break
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            kills += 1
+            assert sorted([*gallery.ids(upgrade.old).tolist(), *gallery.ids(upgrade.new).tolist()]) == IDS.tolist()
+        process.join()
+        assert process.exitcode == 0
+        assert kills >= 5
+        assert read_upgrade(gallery) == upgrade.model_copy(update={"phase": "moved"})
+        np.testing.assert_allclose(gallery.get(IDS, upgrade.new)[0], expected(NEW, IDS), atol=1e-6)
+        assert gallery.count()[upgrade.old] == (0, ITEMS)
+
+
+def test_a_transform_of_something_else_is_refused(gallery: Gallery, graph: bytes) -> None:
+    with pytest.raises(GalleryError, match="expected an ONNX graph"):
+        begin(gallery, NEW.version, b"no graph")
+    gallery.create(gallery.versions()[0].model_copy(update={"name": "other", "dimension": 5}))
+    with pytest.raises(GalleryError, match="expected one version to upgrade from"):
+        begin(gallery, NEW.version, graph)
+    with pytest.raises(GalleryError, match=r"expected OLD with the 5 numbers of other, got 8"):
+        begin(gallery, NEW.version, graph, old="other")
+    begin(gallery, NEW.version, graph, old=OLD.version)
+    with pytest.raises(GalleryError, match=r"an upgrade from captioner-1 to .* is running"):
+        begin(gallery, "captioner-3", graph)
+
+
+def test_orders() -> None:
+    rng = np.random.default_rng(0)
+    vectors = unit(rng.normal([2, 0, 0, 0], size=(ITEMS + 1, 4)))
+    random = in_order(IDS, "random", 0)
+    assert sorted(random) == IDS.tolist()
+    assert in_order(IDS[::-1], "random", 0).tolist() == random.tolist()
+    assert in_order(IDS, "random", 1).tolist() != random.tolist()
+    # What is left of a part keeps its order.
+    assert in_order(random[100:], "random", 0).tolist() == random[100:].tolist()
+    asked = {item: float(item % 7) for item in IDS.tolist()}
+    by_popularity = in_order(IDS, "popularity", 0, popularity=asked)
+    assert (np.diff([asked[item] for item in by_popularity.tolist()]) <= 0).all()
+    with pytest.raises(ConfigError, match="expected interactions to count"):
+        in_order(IDS, "popularity", 0)
+    far = in_order(IDS, "farthest", 0, vectors=lambda ids: vectors[ids])
+    mean = vectors[IDS].mean(0)
+    distances = ((vectors[far] - mean) ** 2).sum(1)
+    assert (np.diff(distances) <= 1e-6).all()
+
+
+def test_the_estimate(gallery: Gallery) -> None:
+    slow = FakeEncoder(NEW.version, NEW.width, pause=0.1)
+    found = estimate(gallery, slow, media_of(IDS), NEW_WIDTH, old=OLD.version, sample=20, share=0.5)
+    assert found.items == ITEMS
+    assert 0 < found.items_per_second < 211  # 21 items in a tenth of a second
+    assert found.hours == pytest.approx(ITEMS / found.items_per_second / 0.5 / 3600, abs=1e-3)
+    assert found.new_bytes == ITEMS * NEW_WIDTH * 4
+
+
+def test_the_share_is_kept() -> None:
+    rests = list[float]()
+    Throttle(0.25, sleep=rests.append)(2.0)
+    assert rests == [6.0]
+    with pytest.raises(ConfigError, match="--share"):
+        Throttle(0.0)
+    with pytest.raises(ConfigError, match="--p99-ms"):
+        Throttle(p99=0.0)
+
+
+def test_the_bound_on_live_traffic() -> None:
+    """Halved when late, a tenth more when not."""
+    states: list[Any] = [{0.01: 0.0, 0.1: 0.0, float("inf"): 0.0}, {0.01: 0.0, 0.1: 9.0, float("inf"): 9.0}]
+    states += [{0.01: 50.0, 0.1: 59.0, float("inf"): 59.0}] * 2
+    throttle = Throttle(p99=0.02, observe=iter(states).__next__, sleep=lambda seconds: None)
+    throttle(1.0)
+    assert throttle.share == 0.5
+    throttle(1.0)
+    assert throttle.share == pytest.approx(0.6)
+    throttle(1.0)  # nobody asked anything
+    assert throttle.share == pytest.approx(0.7)
+
+
+def test_buckets_of_an_exposition(tmp_path: Path) -> None:
+    lines = [
+        'sightline_items_seconds_bucket{model="rank_items",stage="total",le="0.01"} 90',
+        'sightline_items_seconds_bucket{model="rank_items",stage="total",le="0.1"} 99',
+        'sightline_items_seconds_bucket{model="rank_items",stage="total",le="+Inf"} 100',
+        'sightline_items_seconds_bucket{model="rank_items",stage="user",le="+Inf"} 5',
+        'sightline_items_seconds_sum{model="rank_items",stage="total"} 3',
+    ]
+    path = tmp_path / "metrics"
+    path.write_text("\n".join(lines) + "\n")
+    found = read_buckets(path.as_uri(), "sightline_items_seconds", {"stage": "total"})
+    assert found == {0.01: 90, 0.1: 99, float("inf"): 100}
+    assert [quantile(found, q) for q in (0.5, 0.99, 0.995)] == [0.01, 0.1, float("inf")]
+    with pytest.raises(ServingError, match="expected Triton's metrics"):
+        read_buckets((tmp_path / "gone").as_uri(), "x", {})
+
+
+def test_the_state_is_readable_json(gallery: Gallery, graph: bytes) -> None:
+    begin(gallery, NEW.version, graph)
+    assert json.loads(gallery.get_state("upgrade") or b"")["phase"] == "running"
