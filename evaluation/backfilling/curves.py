@@ -18,6 +18,7 @@ __all__ = ["METRICS", "Method", "ends", "evaluate", "flips", "summarise"]
 METRICS = ("mAP", "CMC@1", "CMC@5")
 RESAMPLES = 1000
 LEVEL = 0.05
+ROUNDING = 1e-9  # of means: a smaller span is none
 Array = NDArray[np.float32]
 
 
@@ -138,7 +139,7 @@ def _drop(curves: NDArray[np.float64]) -> dict[str, Any]:
 def _share(way: NDArray[np.float64], span: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of means over runs, [runs, R] each, [R]; not a number where there is no span."""
     spans = span.mean(0)
-    return np.asarray(way.mean(0) / np.where(spans > 0, spans, np.nan))
+    return np.asarray(way.mean(0) / np.where(spans > ROUNDING, spans, np.nan))
 
 
 def _with_interval(values: NDArray[np.float64]) -> dict[str, Any]:

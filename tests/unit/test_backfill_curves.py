@@ -41,8 +41,9 @@ def test_own_gain_leaves_out_what_the_end_adds() -> None:
     found = summarise([made(curve, 0.1)], [made(np.array([0.2]), 0.1)], [made(np.array([0.6]), 0.1)])["mAP"]
     assert found["relative_gain"]["value"] == pytest.approx(1.0, abs=1e-5)
     assert found["own_gain"]["value"] == pytest.approx(0.5, abs=1e-5)
-    flat = summarise([made(0 * curve + 0.2, 0.1)], [made(np.array([0.2]), 0.1)], [made(np.array([0.6]), 0.1)])["mAP"]
-    assert flat["own_gain"]["ci95"] is None
+    old, new = made(np.array([0.2 + 1e-12]), 0.1), made(np.array([0.6]), 0.1)
+    flat = summarise([made(0 * curve + 0.2, 0.1)], [old], [new])["mAP"]
+    assert flat["own_gain"] == {"value": None, "ci95": None}
 
 
 def test_a_drop_counts_if_the_queries_agree_on_it() -> None:
