@@ -34,7 +34,7 @@ def test_the_document_is_the_table() -> None:
 def test_every_family_is_used_and_no_other() -> None:
     code = "".join(
         path.read_text()
-        for folder in ("sightline", "serving", "model_repository") for path in (ROOT / folder).rglob("*.py")
+        for folder in ("sightline", "serving", "backfill", "model_repository") for path in (ROOT / folder).rglob("*.py")
         if path != ROOT / "sightline/metrics.py"
     )  # fmt: skip
     assert set(re.findall(r'"(sightline_\w+_(?:total|seconds|events|items))"', code)) == set(FAMILIES)
