@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from backfill.upgrade import FAILED, Order, Upgrade, read_upgrade, write_upgrade
 from sightline.content import Encoder, unit
-from sightline.errors import ConfigError, DataError, GalleryError, MediaError
+from sightline.errors import ConfigError, DataError, GalleryError, MediaError, ServingError
 from sightline.gallery import Gallery, GalleryVersion
 from sightline.metrics import Metrics
 from sightline.retrieval import VIEWS, Transform, View, Views, read_views
@@ -30,6 +31,9 @@ Media = Mapping[int, bytes | None]
 Pace = Callable[[float], None]
 """Hears how many seconds a batch kept the encoder busy, and waits for as long as it should rest."""
 _MOST_REASONS = 1000  # of items that failed, that are kept
+_LONGEST = 30.0  # seconds of a wait for the encoder
+
+_log = logging.getLogger(__name__)
 
 
 class Writer:
@@ -145,10 +149,12 @@ def backfill(
     gallery: Gallery, encoder: Encoder, media: Media, *, batch: int = 64, pace: Pace = lambda busy: None,
     popularity: Mapping[int, float] | None = None, metrics: Metrics | None = None,
     advance: Callable[[str, int], object] = lambda result, items: None, stopped: Callable[[], bool] = lambda: False,
+    nap: Callable[[float], object] = time.sleep,
 ) -> Upgrade:  # fmt: skip
     """Move what the upgrade's old version still has, until nothing is left that can be moved.
 
-    Ends early where `stopped` says so, or somebody paused or ended the upgrade.
+    Ends early where `stopped` says so, or somebody paused or ended the upgrade. While the encoder does not answer, it
+    is asked again after pauses that grow to half a minute (`nap`).
 
     Args:
         encoder: of the upgrade's captioner.
@@ -165,6 +171,7 @@ def backfill(
     metrics = metrics or Metrics(model="backfill")
     write = Writer(gallery, encoder, upgrade.captioner)
     failed: dict[int, str] = {}
+    silent = 0
     gallery.put_state(FAILED, None)
     while part := _next(gallery, upgrade, failed, batch, popularity):
         for ids in part:
@@ -174,7 +181,14 @@ def backfill(
             began = time.monotonic()
             position = gallery.position()
             found, unusable = _look_up(media, ids)
-            written, refused = write(list(found), list(found.values()), since=position)
+            try:
+                written, refused = write(list(found), list(found.values()), since=position)
+            except ServingError as error:
+                silent += 1
+                _log.warning("%d items wait for the encoder: %s", len(found), error)
+                nap(min(2.0 ** (silent - 1), _LONGEST))
+                continue
+            silent = 0
             unusable |= refused
             if unusable:
                 failed |= unusable

@@ -44,14 +44,17 @@ class Throttle:
     def __call__(self, busy: float) -> None:
         """After a batch of so many seconds."""
         if self._p99 is not None and self._observe:
-            now = self._observe()
-            since = {bound: count - self._before.get(bound, 0.0) for bound, count in now.items()}
-            self._before = now
-            if quantile(since, 0.99) > self._p99:
-                self.share = max(self.share / 2, _LEAST)
-            else:
-                self.share = min(self.share + 0.1, self._most)
+            self._adapt(self._p99, self._observe())
         self._sleep(min(busy * (1 / self.share - 1), _LONGEST))
+
+    def _adapt(self, bound: float, now: Buckets) -> None:
+        """A server that was started again counts from zero: a difference below zero says nothing."""
+        since = {edge: max(count - self._before.get(edge, 0.0), 0.0) for edge, count in now.items()}
+        self._before = now
+        if quantile(since, 0.99) > bound:
+            self.share = max(self.share / 2, _LEAST)
+        else:
+            self.share = min(self.share + 0.1, self._most)
 
 
 def quantile(buckets: Buckets, q: float) -> float:

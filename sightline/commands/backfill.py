@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sightline.commands.options import DATA, GALLERY, RELEASES, Data, Gallery, Name, Releases
-from sightline.errors import ConfigError, GalleryError
+from sightline.errors import ConfigError, GalleryError, ServingError
 from sightline.location import is_address
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def start(
     """
     from backfill.job import backfill
     from backfill.source import Catalogue, open_encoder
-    from backfill.throttle import Throttle, read_buckets
+    from backfill.throttle import Buckets, Throttle, read_buckets
     from backfill.upgrade import failures, read_upgrade, write_upgrade
     from serving.exposition import exposed
     from sightline.metrics import Metrics
@@ -235,10 +235,14 @@ def start(
     if model not in MODELS:
         raise ConfigError(f"--model: expected {' or '.join(MODELS)}, got {model}")
     labels = {"stage": "total"} if model == "rank_items" else {"stage": "search"}
-    pace = Throttle(
-        share, p99=None if p99_ms is None else p99_ms / 1e3,
-        observe=lambda: read_buckets(watch, MODELS[model], labels),
-    )  # fmt: skip
+
+    def observe() -> Buckets:
+        try:
+            return read_buckets(watch, MODELS[model], labels)
+        except ServingError:  # it is being started again: nobody is served slowly
+            return {}
+
+    pace = Throttle(share, p99=None if p99_ms is None else p99_ms / 1e3, observe=observe)
     catalogue, counted = Catalogue(data), Metrics(model="backfill")
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(releases / name, url))

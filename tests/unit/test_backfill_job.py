@@ -198,6 +198,29 @@ def test_items_that_cannot_be_embedded_are_named_and_left(gallery: Gallery, grap
     assert failures(gallery) == {}
 
 
+def test_an_encoder_that_is_away_is_waited_for(gallery: Gallery, graph: bytes) -> None:
+    begin(gallery, NEW.version, graph)
+
+    class Away(FakeEncoder):
+        calls = 0
+
+        def __call__(self, media: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
+            self.calls += 1
+            if self.calls in (2, 3, 5):
+                raise ServingError("localhost:1: no server")
+            return super().__call__(media)
+
+    naps, ended = list[float](), list[tuple[str, int]]()
+    done = backfill(
+        gallery, Away(NEW.version, NEW.width), media_of(IDS), batch=50, nap=naps.append,
+        advance=lambda *one: ended.append(one),
+    )  # fmt: skip
+    assert done.phase == "moved"
+    assert naps == [1.0, 2.0, 1.0]
+    assert ended == [("moved", 50)] * 6
+    assert failures(gallery) == {}
+
+
 def test_pause_and_stop(gallery: Gallery, graph: bytes) -> None:
     upgrade = begin(gallery, NEW.version, graph)
     moved = list[int]()
