@@ -55,7 +55,8 @@ def test_the_program_measures_and_goes_on(
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["relative_gain"] == document["relative_gain"]
+    for method, gains in document["relative_gain"].items():  # sums in another order on a busy machine
+        assert again["relative_gain"][method] == pytest.approx(gains, rel=1e-2, abs=1e-3)
 
 
 def test_emoji_are_asked_in_one_style_and_found_in_the_other(tmp_path: Path) -> None:
