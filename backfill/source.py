@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sightline.content import LocalEncoder
 from sightline.errors import MediaError
+from sightline.release import read_manifest
 from sightline.schema import MediaReader, read_items, stream_interactions
 
 __all__ = ["Catalogue", "VersionedEncoder", "open_encoder"]
@@ -56,7 +57,11 @@ class Catalogue(Mapping[int, "bytes | None"]):
 
 @contextmanager
 def open_encoder(release_dir: Path, url: str | None) -> Iterator[VersionedEncoder]:
-    """The vision tower of a release: that of the server at `url` (gRPC), or in this process."""
+    """The vision tower of a release: that of the server at `url` (gRPC), or in this process.
+
+    Raises ReleaseError for a folder that is no release, ServingError where another one is served.
+    """
+    read_manifest(release_dir)
     if url is None:
         yield LocalEncoder(release_dir)
         return

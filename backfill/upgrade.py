@@ -75,7 +75,8 @@ def begin(
         old: version that items leave; by default the only one that the gallery has.
 
     Raises:
-        GalleryError: another upgrade is under way, the transform does not fit, or there is nothing to upgrade from.
+        GalleryError: another upgrade is under way, the gallery is of this captioner already, the transform does not
+            fit, or there is nothing to upgrade from.
     """
     graph = Transform(transform)
     known = read_upgrade(gallery)
@@ -87,6 +88,11 @@ def begin(
         raise GalleryError(
             f"an upgrade from {known.old} to {known.new} is {known.phase}; end it with `sightline backfill cut-over` "
             "or `rollback`, and `clean`, before the next begins"
+        )
+    view = read_views(gallery).views.get(captioner)
+    if view is not None and new not in view.versions:
+        raise GalleryError(
+            f"the gallery is of captioner {captioner} already, in {', '.join(view.versions)}; name the new release"
         )
     versions = {version.name: version for version in gallery.versions() if version.name != new}
     if old is None and len(versions) != 1:

@@ -193,7 +193,9 @@ def begin(
     from backfill.upgrade import begin as begin_upgrade
     from sightline.content import captioner_folder
     from sightline.prompt import captioner_version
+    from sightline.release import read_manifest
 
+    read_manifest(releases / name)
     captioner = captioner_version(captioner_folder(releases / name))
     with _existing(gallery) as opened:
         upgrade = begin_upgrade(opened, captioner, _graph(transform), order=order.value, seed=seed)

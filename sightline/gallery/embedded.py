@@ -47,7 +47,7 @@ class LmdbGallery(Gallery):
     def __init__(self, path: str | Path, *, readonly: bool = False) -> None:
         self.path = Path(path)
         if readonly and not (self.path / "data.mdb").is_file():
-            raise GalleryError(f"{self.path}: expected a gallery, there is none; open it for writing to make one")
+            raise GalleryError(f"{self.path}: expected a gallery, there is none; `sightline gallery fill` makes one")
         with self._errors():
             self.path.mkdir(parents=True, exist_ok=True)
             self._env = lmdb.open(

@@ -241,5 +241,7 @@ def test_wrong_commands_say_what_to_do(tmp_path: Path) -> None:
     assert not missing.exists()
     with open_gallery(str(missing)):
         pass
+    named = ("--releases", tmp_path, "--release", "none", "--gallery", missing)
+    assert "expected a release folder" in fails("backfill", "begin", *named, "--transform", tmp_path)
     for step in ("cut-over", "rollback", "pause"):
         assert "there is none" in fails("backfill", step, "--gallery", missing)
