@@ -64,8 +64,8 @@ class ServedCaptioner:
                 return [Reply(error=error.message().removeprefix(_NO_ROW))]
             raise
         columns = [answer.as_numpy(name).reshape(-1) for name in ("ANNOTATION", "CAPTION_SOURCE", "CAPTION_ERROR")]
-        if any(source == b"deadline" for source in columns[1]):  # as of a server that gives every request one
-            raise Unavailable(f"{self._url}: caption: media were answered without a caption")
+        if {b"deadline", b"previous"} & set(columns[1]):  # as of a server that gives every request one
+            raise Unavailable(f"{self._url}: caption: media were answered without a caption of this release")
         return [
             Reply(annotation.decode(), error.decode(), source == b"store")
             for annotation, source, error in zip(*columns, strict=True)

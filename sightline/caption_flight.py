@@ -116,13 +116,13 @@ class CaptionFlight:
         """Into the store, for all new jobs of a request at once."""
 
         async def look() -> None:
-            found = await self._store.read([job.digest for job in jobs])
+            found, previous = await self._store.look([job.digest for job in jobs])
             for job in jobs:
                 if job.digest in found:
                     job.found(found[job.digest])
                     self._forget(job)
                 else:
-                    job.stage = Stage.missing
+                    job.stage, job.previous = Stage.missing, previous.get(job.digest)
                     if job.goes_on and not job.askers:
                         self._go_on(job)
                     self._forget_unless_begun(job)
@@ -150,12 +150,12 @@ class CaptionFlight:
     def _answer(job: Job, asker: Asker, late: str) -> Answer:
         """What the asker gets now; `late` says why, if that is nothing."""
         if not job.answer.done():
-            return Answer("", "deadline", degraded=late)
+            return job.late(late)
         error = job.answer.exception()
         if error is None:
             return job.answer.result()
         if asker.deadline is not None and isinstance(error, DownstreamError):
-            return Answer("", "deadline", degraded="captioner")
+            return job.late("captioner")
         raise error
 
     def _leave(self, jobs: list[Job], asker: Asker) -> None:

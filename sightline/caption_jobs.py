@@ -22,11 +22,11 @@ class Answer(NamedTuple):
     annotation: str
     """Annotated caption (sightline/annotation.py)."""
     source: str
-    """`store`, `model`, `deadline` (no caption in time) or `rejected`."""
+    """`store`, `model`, `previous` (none in time, but one of another captioner), `deadline` (none) or `rejected`."""
     error: str = ""
     """Why the medium was rejected."""
     degraded: str = ""
-    """Why there is no caption in time: `deadline`, `queue_full` or `captioner`."""
+    """Why there is no caption of this captioner in time: `deadline`, `queue_full` or `captioner`."""
 
 
 class DownstreamError(Exception):
@@ -90,6 +90,7 @@ class Job:
     def __init__(self, digest: str, data: bytes, *, nearline: bool, fresh: bool = False) -> None:
         self.digest, self.data, self.nearline, self.fresh = digest, data, nearline, fresh
         self.stage = Stage.missing if fresh else Stage.looking
+        self.previous: str | None = None  # what another captioner said of it
         self.put_off = False  # it is in the nearline queue
         self.goes_on = False  # somebody was answered without it: its caption is for the next one
         self.askers: set[Asker] = set()
@@ -107,6 +108,12 @@ class Job:
     def caption(self, annotation: str) -> None:
         """It has its annotated caption."""
         self._settle(Answer(annotation, "model"))
+
+    def late(self, why: str) -> Answer:
+        """What there is where its caption is not there in time."""
+        if self.previous is not None:
+            return Answer(self.previous, "previous", degraded=why)
+        return Answer("", "deadline", degraded=why)
 
     def reject(self, reason: str) -> None:
         """It cannot be used."""

@@ -144,7 +144,7 @@ class CaptionService:
         for answer in answers:
             self._metrics.count("sightline_caption_requests_total", source=answer.source)
             self._metrics.observe("sightline_caption_seconds", seconds, source=answer.source)
-        for status, rows in (("fresh", "store"), ("missing", "model")):
+        for status, rows in (("fresh", "store"), ("stale_version", "previous"), ("missing", "model")):
             if count := sum(answer.source == rows for answer in answers):
                 self._metrics.count("sightline_store_reads_total", count, kind="caption", status=status)
         if degraded := next((answer.degraded for answer in answers if answer.degraded), None):

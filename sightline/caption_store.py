@@ -1,4 +1,5 @@
-"""One captioner's captions and leases in the feature store, which may be absent, slow or down.
+"""One captioner's captions and leases in the feature store, which may be absent, slow or down, and what captioners
+before it said.
 
 Without it everything is missing and every lease is ours: captions then come from the model, as if nobody had asked
 before. A store that failed is left alone for a while, so that it costs no request its time.
@@ -42,6 +43,7 @@ class CaptionStore:
     def __init__(self, location: str | None, captioner: str, failed: Callable[[str, str], None]) -> None:
         self._location, self._captioner, self._failed = location, captioner, failed
         self._store: FeatureStore | None = None
+        self._others: list[str] = []
         self._opening = threading.Lock()
         self._away_until = 0.0
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="store")
@@ -55,11 +57,24 @@ class CaptionStore:
     async def read(self, digests: Sequence[str]) -> dict[str, str]:
         """Annotated captions by content hash, of those that are there."""
 
-        def read(store: FeatureStore) -> dict[str, str]:
-            captions = store.read_captions(self._captioner, digests)
-            return {key: caption for key, caption in zip(digests, captions, strict=True) if caption is not None}
+        if not digests:
+            return {}
+        return await self._use("read", self._readers, lambda store: self._found(store, self._captioner, digests), {})
 
-        return await self._use("read", self._readers, read, {}) if digests else {}
+    async def look(self, digests: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """As `read`, and of those that are not there, annotated captions by another captioner.
+
+        Another one is whose items the store had when it was first used here: an earlier release's, as a rule.
+        """
+
+        def look(store: FeatureStore) -> tuple[dict[str, str], dict[str, str]]:
+            own = self._found(store, self._captioner, digests)
+            previous: dict[str, str] = {}
+            for captioner in self._others:
+                previous |= self._found(store, captioner, [key for key in digests if key not in own | previous])
+            return own, previous
+
+        return await self._use("read", self._readers, look, ({}, {}))
 
     async def claim(self, digests: Sequence[str]) -> set[str]:
         """Those that this server may caption now: nobody else does."""
@@ -91,6 +106,11 @@ class CaptionStore:
         if self._store is not None:
             self._store.close()
 
+    @staticmethod
+    def _found(store: FeatureStore, captioner: str, digests: Sequence[str]) -> dict[str, str]:
+        captions = store.read_captions(captioner, digests)
+        return {key: caption for key, caption in zip(digests, captions, strict=True) if caption is not None}
+
     def _lease(self, digest: str) -> str:
         return f"caption/{self._captioner}/{digest}"
 
@@ -114,8 +134,12 @@ class CaptionStore:
             if self._store is None:
                 assert self._location is not None
                 store = open_store(self._location)
+                items = (schema.captioner for schema in store.schemas() if schema.kind == "item")
+                others = sorted(set(items) - {self._captioner})
                 # While no other thread uses it: py-lmdb opens a database under the GIL, with the lock that a writing
                 # thread has while it waits for the GIL.
-                store.write_captions(self._captioner, {})
+                for captioner in (self._captioner, *others):
+                    store.write_captions(captioner, {})
+                self._others = others
                 self._store = store
             return self._store

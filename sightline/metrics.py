@@ -55,10 +55,10 @@ FAMILIES: dict[str, Family] = {
         "counter", "Requests answered with less than asked; reason: deadline, queue_full, captioner, store", ("reason",)
     ),
     "sightline_caption_requests_total": Family(
-        "counter", "Media rows; source: store, model, deadline, rejected", ("source",)
+        "counter", "Media rows; source: store, model, previous, deadline, rejected", ("source",)
     ),
     "sightline_caption_seconds": Family(
-        "histogram", "Time from a media row's arrival to its caption; source: store, model, deadline, rejected",
+        "histogram", "Time from a media row's arrival to its caption; source as of sightline_caption_requests_total",
         ("source",), SLOW,
     ),
     "sightline_caption_queue_items": Family(

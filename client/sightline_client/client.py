@@ -56,8 +56,9 @@ class RankClient:
             media: bytes of each image or video, any number.
             item_ids: their catalogue ids, 0 where they have none; None means none has.
             context: index per context name of the served ranker; 0 where not given.
-            caption_timeout: seconds after which media without a caption are ranked by everything else (source
-                `deadline`); 0 takes the captions that the server has. None: as late as the client's timeout allows.
+            caption_timeout: seconds after which media without a caption are ranked by that of an earlier captioner
+                (source `previous`) or by everything else (`deadline`); 0 takes the captions that the server has. None:
+                as late as the client's timeout allows.
 
         Raises:
             InvalidArgument: wrong arguments.

@@ -101,7 +101,8 @@ class Ranked:
     """Probability of a click, 0 to 1; None if the media was rejected."""
     caption: str
     source: str
-    """Where the caption came from: `model`, `store`, `deadline` (none in time) or `rejected`."""
+    """Where the caption came from: `model`, `store`, `previous` (none in time but that of an earlier captioner),
+    `deadline` (none in time) or `rejected`."""
     error: str
     """Why the media was rejected, else empty."""
 

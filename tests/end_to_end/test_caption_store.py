@@ -26,12 +26,12 @@ from serving.triton import TritonServer
 from sightline import release
 from sightline.media import content_hash
 from sightline.queue import open_queue
-from sightline.store import FeatureStore, open_store
+from sightline.store import FeatureStore, ItemSchema, open_store
 from tests.end_to_end.test_serving import KINDS, changed_release, column
 from tests.media_files import again, encoded
 from tests.redis_server import redis_server
 
-CAPTIONER = "test-captioner"
+CAPTIONER, BEFORE = "test-captioner", "captioner-before"
 SLOW = 2.0
 PICTURE = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "PNG")
 
@@ -56,6 +56,8 @@ def server(
         release.current(releases_dir), folder / "one", "caption/1/model.py", decode, f"{slow}; {decode}"
     )
     changed = changed_release(changed, folder / "release", "caption/config.pbtxt", '"256"', '"4"')
+    with open_store(str(folder / "store")) as store:
+        store.register(ItemSchema(version="items-before", captioner=BEFORE, token_spec="before", tokens=4))
     with TritonServer(
         changed, store=str(folder / "store"), queue=str(queue_dir), log_path=folder / "log"
     ) as running:
@@ -203,6 +205,20 @@ def test_another_servers_work_is_waited_for_and_taken_over(
     answer = waiting.result(30)
     assert (answer["CAPTION"], answer["CAPTION_SOURCE"]) == (["by another server"], ["store"])
     assert decoded(server) == before + 1
+
+
+def test_no_time_takes_what_the_captioner_before_said(client: Any, store: FeatureStore) -> None:
+    """As after an upgrade: ranked as if the new captioner had said the same."""
+    (said,) = ask(client, "caption", fresh())["ANNOTATION"]
+    media, same = fresh(), fresh()
+    store.write_captions(BEFORE, {content_hash(media): said})
+    store.write_captions(CAPTIONER, {content_hash(same): said})
+    answer = ask(client, "rank_media", media, same, fresh(), deadline_ms=0)
+    assert answer["CAPTION_SOURCE"] == ["previous", "store", "deadline"]
+    assert answer["CAPTION"][0] == answer["CAPTION"][1] != ""
+    assert answer["SCORE"][0] == pytest.approx(answer["SCORE"][1])
+    assert answer["SCORE"][0] != pytest.approx(answer["SCORE"][2], abs=1e-6)
+    assert ask(client, "rank_media", media)["CAPTION_SOURCE"][0] in ("model", "store"), "who has time waits"
 
 
 def test_a_full_line_refuses_and_what_nobody_waits_for_is_dropped(server: TritonServer, client: Any) -> None:

@@ -15,7 +15,7 @@ from sightline.caption_store import CaptionStore
 from sightline.errors import ConfigError
 from sightline.media import content_hash
 from sightline.metrics import Metrics
-from sightline.store import open_store
+from sightline.store import ItemSchema, open_store
 
 
 class Captioner:
@@ -176,6 +176,25 @@ async def test_no_time_takes_what_is_stored_and_puts_the_rest_off(places) -> Non
     assert [answer.source for answer in answers] == ["store", "deadline"]
     await place.settled()
     assert (place.queued, place.model.captioned) == ([b"cup"], [b"mug"])
+
+
+async def test_what_an_earlier_captioner_said_is_better_than_nothing(places, location) -> None:
+    """Only where its own caption cannot be there in time; and only of captioners that the store knows."""
+    with open_store(location) as store:
+        store.register(ItemSchema(version="items-v0", captioner="v0", token_spec="spec", tokens=4))
+        for captioner in ("v0", "unknown"):
+            store.write_captions(captioner, {content_hash(captioner.encode()): "said before"})
+        store.write_captions("v0", {content_hash(data): "said before" for data in (b"mug", b"cup")})
+    place = places(queue=True)
+    late = [Answer("said before", "previous", degraded="deadline"), Answer("", "deadline", degraded="deadline")]
+    assert await place.ask(b"mug", b"unknown", seconds=0) == late
+    await place.settled()
+    assert sorted(place.queued) == [b"mug", b"unknown"]
+    assert await place.ask(b"cup", seconds=5) == [Answer("caption of cup", "model")]
+    await place.settled()
+    assert await place.ask(b"cup", b"mug", seconds=0) == [Answer("caption of cup", "store"), late[0]]
+    place.model.broken = DownstreamError("gone")
+    assert await place.ask(b"mug", seconds=5) == [Answer("said before", "previous", degraded="captioner")]
 
 
 async def test_without_a_queue_it_is_captioned_here_when_there_is_time(places) -> None:
