@@ -21,6 +21,7 @@ _LOOSE = 1024  # ids beside the sorted ones before they are sorted in
 _CONSTRUCTION = 80  # candidates while a graph is built (efConstruction)
 _TRAINING = 64  # vectors per list that k-means is fitted on
 _SHARE, _DEAD = 0.4, -0.5  # exponents of a graph's effort: of the share of all items, of its rows that are shown
+_SPARE = 1.25  # rows that a graph with hidden ones is asked for, over what is needed on average
 
 List = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Ids [B, K] and distances, ascending; −1 and inf where there are fewer."""
@@ -135,9 +136,23 @@ class FrozenIndex:
 
         A graph with fewer items needs less effort for its part of the nearest, one with hidden rows needs more.
         """
-        scaled = round(effort * share**_SHARE * (self.count / len(self.ids)) ** _DEAD)
-        parameters = faiss.SearchParametersHNSW(sel=self._selector(), efSearch=max(scaled, k))
-        return self._named(*self.index.search(queries, k, params=parameters))
+        alive = self.count / len(self.ids)
+        effort = max(round(effort * share**_SHARE * alive**_DEAD), k)
+        if not self.dead:
+            return self._named(*self.index.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=effort)))
+        # Asking for some more and leaving out hidden rows is faster than having every row that is met looked up, which
+        # is left for queries among many hidden ones.
+        more = max(k, min(math.ceil(_SPARE * k / alive) + 2, len(self.ids)))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(effort, more))
+        found, rows = self.index.search(queries, more, params=parameters)
+        hidden = (rows < 0) | ~self.shown[rows]
+        order = np.argsort(hidden, axis=1, kind="stable")[:, :k]
+        distances, rows = np.take_along_axis(found, order, 1), np.take_along_axis(rows, order, 1)
+        short = np.flatnonzero((~hidden).sum(1) < k)
+        if len(short):
+            masked = faiss.SearchParametersHNSW(sel=self._selector(), efSearch=effort)
+            distances[short], rows[short] = self.index.search(queries[short], k, params=masked)
+        return self._named(distances, rows)
 
     @cached_property
     def centroids(self) -> NDArray[np.float32]:

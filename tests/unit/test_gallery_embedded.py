@@ -17,6 +17,7 @@ import pytest
 from sightline.errors import GalleryError
 from sightline.gallery import GalleryVersion, embedded, open_gallery, snapshot
 from sightline.gallery.embedded import LmdbGallery
+from sightline.gallery.frozen import FrozenIndex, build
 from sightline.gallery.rows import FlatRows
 from tests.galleries import NEW, OLD, assert_same, brute_force, unit
 
@@ -135,6 +136,25 @@ def test_snapshot_and_tail_are_what_is_stored(
         place[:9] = 1
         assert recall(gallery, place) >= 0.95
         assert other()[1] == in_memory(gallery) == stored(gallery)
+
+
+def test_a_graph_finds_what_lies_behind_many_hidden_rows() -> None:
+    """Few are hidden near some queries, nearly all near others; those have nothing but hidden ones among the first."""
+    index = FrozenIndex(build(versions("hnsw")[0], A), IDS.copy(), np.argsort(IDS), np.ones(COUNT, bool))
+    first, few = (np.argsort(2 - 2 * QA @ A.T, axis=1)[:, :count] for count in (200, 2))
+    hidden = np.union1d(first[:3], few)
+    index.show(IDS[hidden], False)
+    expected = brute_force([QA], [A], IDS, np.where(np.isin(np.arange(COUNT), hidden), -1, 0), 10)
+    ids, distances = index.search(QA, 10, 256, 1.0)
+    assert not np.isin(ids, IDS[hidden]).any()
+    assert (ids >= 0).all()
+    assert (np.diff(distances) >= 0).all()
+    assert np.mean([len(set(one) & set(other)) for one, other in zip(ids, expected.ids, strict=True)]) >= 9.5
+    index.show(IDS, False)
+    index.show(IDS[:4], True)
+    ids, distances = index.search(QA, 10, 256, 1.0)
+    assert set(np.unique(ids)) <= {-1, *IDS[:4].tolist()}
+    assert (np.isinf(distances) == (ids < 0)).all()
 
 
 def test_reader_that_is_far_behind_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
