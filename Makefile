@@ -27,10 +27,10 @@ demo: setup     ## Generate data, train, build, serve and rank; DATA=dir: on a d
 test: setup     ## Run all tests (unit, contract, end to end); T="-k name" passes options to pytest
 	@$(BIN)/python -m pytest -q $(T)
 
-ray: $(RAY)/ready  ## Make .tools/ray: .venv and Ray Data, for `.tools/ray/bin/python -m sightline.cli caption run --ray`
+ray: $(RAY)/ready  ## Make .tools/ray: .venv and Ray Data, for `.tools/ray/bin/python -m sightline.cli … --ray`
 
 test-ray: ray   ## Run the tests that need Ray
-	@$(RAY)/bin/python -m pytest -q tests/end_to_end/test_ray.py $(T)
+	@$(RAY)/bin/python -m pytest -q tests/end_to_end/test_ray.py tests/end_to_end/test_backfill_ray.py $(T)
 
 lint: setup     ## ruff on everything, strict typing on sightline/ and client/
 	@$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 What is left to do is what queries still see in the old version: the gallery is the checkpoint. A job may be killed at
 any moment, started again, run twice at once; an item moves once, and one that was changed or deleted meanwhile is left
-alone.
+alone. Who embeds is a `Stage`: this process, or workers on Ray (backfill/ray_pool.py); this process alone writes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,26 +25,75 @@ from sightline.gallery import Gallery, GalleryVersion
 from sightline.metrics import Metrics
 from sightline.retrieval import VIEWS, Transform, View, Views, read_views
 
-__all__ = ["Estimate", "Media", "Writer", "backfill", "estimate", "fill", "in_order"]
+__all__ = [
+    "Embedded", "Estimate", "Media", "Stage", "Writer", "backfill", "embed", "estimate", "fill", "in_order",
+    "in_process",
+]  # fmt: skip
 
 Media = Mapping[int, bytes | None]
 """Item → its image or video, None where it has none; KeyError or DataError where there is no such item."""
-Pace = Callable[[float], None]
-"""Hears how many seconds a batch kept the encoder busy, and waits for as long as it should rest."""
+Pace = Callable[[float, float], object]
+"""Hears how many seconds a batch kept an encoder busy and how many passed since the last one; rests."""
 _MOST_REASONS = 1000  # of items that failed, that are kept
 _LONGEST = 30.0  # seconds of a wait for the encoder
 
 _log = logging.getLogger(__name__)
 
 
+class Embedded(NamedTuple):
+    """A batch that was embedded."""
+
+    vectors: dict[int, NDArray[np.float32]]
+    """Item → content vector float32 [W], of length 1."""
+    failed: dict[int, str]
+    """Item → why it has none."""
+    seconds: float
+    """That it kept the encoder busy."""
+
+
+Stage = Callable[[Iterable[Sequence[int]]], Iterator[Embedded]]
+"""Embeds batches of items, which it takes when it begins with them; answers come as they are ready, in any order. A
+batch without an answer stays where it is, and is asked for again when all others are through."""
+
+
+def embed(encoder: Encoder, media: Media, ids: Sequence[int]) -> Embedded:
+    """Items' media through an encoder. Raises ServingError where it does not answer."""
+    began = time.monotonic()
+    data, failed = _look_up(media, ids)
+    found = dict(zip(data, encoder(list(data.values())), strict=True))
+    failed |= {item: one.reason for item, one in found.items() if isinstance(one, MediaError)}
+    vectors = {item: one for item, one in found.items() if not isinstance(one, MediaError)}
+    return Embedded(vectors, failed, time.monotonic() - began)
+
+
+def in_process(encoder: Encoder, media: Media, *, nap: Callable[[float], object] = time.sleep) -> Stage:
+    """One batch after the other. While the encoder does not answer, pauses (`nap`) grow to half a minute."""
+    silent = 0
+
+    def stage(batches: Iterable[Sequence[int]]) -> Iterator[Embedded]:
+        nonlocal silent
+        for ids in batches:
+            try:
+                done = embed(encoder, media, ids)
+            except ServingError as error:
+                _log.warning("%d items wait for the encoder: %s", len(ids), error)
+                nap(min(2**silent, _LONGEST))
+                silent += 1
+            else:
+                silent = 0
+                yield done
+
+    return stage
+
+
 class Writer:
-    """Embeds items into the version of a gallery that a captioner writes to.
+    """Writes items into the version of a gallery that a captioner writes to.
 
     Raises GalleryError where the gallery has no view for the captioner.
     """
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, captioner: str) -> None:
-        self.gallery, self._encoder = gallery, encoder
+    def __init__(self, gallery: Gallery, captioner: str) -> None:
+        self.gallery = gallery
         view = read_views(gallery).views.get(captioner)
         if view is None:
             raise GalleryError(f"the gallery knows no captioner {captioner}: fill it, or begin an upgrade to it")
@@ -52,33 +102,20 @@ class Writer:
         self._transform = Transform(graph) if graph is not None else None
 
     def __call__(
-        self, ids: Sequence[int], media: Sequence[bytes | None], *, replace: bool = False, since: int | None = None
-    ) -> tuple[NDArray[np.bool_], dict[int, str]]:
-        """Embed and write items.
+        self, vectors: Mapping[int, NDArray[np.float32]], *, replace: bool = False, since: int | None = None
+    ) -> int:
+        """Write items; returns how many of them were written.
 
         Args:
-            ids: items, each once.
-            media: theirs.
+            vectors: item → content vector float32 [W].
             replace, since: as in `Gallery.put`.
-
-        Returns:
-            bool [N], the items that were written; item → why its media cannot be used.
         """
-        found: list[Any] = [MediaError("it has no media")] * len(ids)
-        there = [row for row, data in enumerate(media) if data is not None]
-        for row, one in zip(there, self._encoder([media[row] or b"" for row in there]), strict=True):
-            found[row] = one
-        failed = {item: one.reason for item, one in zip(ids, found, strict=True) if isinstance(one, MediaError)}
-        rows = [row for row, one in enumerate(found) if not isinstance(one, MediaError)]
-        written = np.zeros(len(ids), bool)
-        if rows:
-            vectors = np.stack([found[row] for row in rows])
-            vectors = unit(self._transform(vectors)["new"]) if self._transform else vectors
-            chosen = np.array([ids[row] for row in rows], np.int64)
-            written[rows] = self.gallery.put(
-                chosen, {self.version: vectors}, self.version, replace=replace, since=since
-            )
-        return written, failed
+        if not vectors:
+            return 0
+        rows = np.stack(list(vectors.values()))
+        rows = unit(self._transform(rows)["new"]) if self._transform else rows
+        ids = np.fromiter(vectors, np.int64, len(vectors))
+        return int(self.gallery.put(ids, {self.version: rows}, self.version, replace=replace, since=since).sum())
 
 
 def fill(
@@ -106,7 +143,7 @@ def fill(
         gallery.create(GalleryVersion(name=captioner[:64], dimension=width, index=index))  # type: ignore[arg-type]
         view = Views(views={captioner: View(versions={captioner[:64]: "vector"})})
         gallery.put_state(VIEWS, view.model_dump_json().encode())
-    write = Writer(gallery, encoder, captioner)
+    write = Writer(gallery, captioner)
     others = set(read_views(gallery).views[captioner].versions) - {write.version}
     seen = gallery.seen(ids)
     todo = ids[[at is None or (at != write.version and at not in others) for at in seen]]
@@ -114,7 +151,9 @@ def fill(
     failed: dict[int, str] = {}
     for start in range(0, len(todo), batch):
         part = todo[start : start + batch].tolist()
-        failed |= write(part, [media[item] for item in part])[1]
+        done = embed(encoder, media, part)
+        write(done.vectors)
+        failed |= done.failed
         gallery.compact()
         advance(len(part))
     return failed
@@ -146,18 +185,16 @@ def in_order(
 
 
 def backfill(
-    gallery: Gallery, encoder: Encoder, media: Media, *, batch: int = 64, pace: Pace = lambda busy: None,
+    gallery: Gallery, stage: Stage, *, batch: int = 64, pace: Pace = lambda busy, passed: None,
     popularity: Mapping[int, float] | None = None, metrics: Metrics | None = None,
     advance: Callable[[str, int], object] = lambda result, items: None, stopped: Callable[[], bool] = lambda: False,
-    nap: Callable[[float], object] = time.sleep,
 ) -> Upgrade:  # fmt: skip
     """Move what the upgrade's old version still has, until nothing is left that can be moved.
 
-    Ends early where `stopped` says so, or somebody paused or ended the upgrade. While the encoder does not answer, it
-    is asked again after pauses that grow to half a minute (`nap`).
+    Ends where `stopped` says so, or somebody paused or ended the upgrade: batches that were begun are then not written.
 
     Args:
-        encoder: of the upgrade's captioner.
+        stage: embeds with the upgrade's captioner.
         advance: hears how many items ended how: moved, overtaken (changed or deleted meanwhile), failed.
 
     Returns:
@@ -168,43 +205,38 @@ def backfill(
         raise GalleryError(
             "expected an upgrade that is running; `sightline backfill begin` makes one, `resume` lets a paused one on"
         )
+
+    def goes_on(ids: object = None) -> bool:
+        now = read_upgrade(gallery)
+        return not stopped() and now is not None and now.phase in ("running", "moved")
+
     metrics = metrics or Metrics(model="backfill")
-    write = Writer(gallery, encoder, upgrade.captioner)
+    write = Writer(gallery, upgrade.captioner)
     failed: dict[int, str] = {}
-    silent = 0
     gallery.put_state(FAILED, None)
-    while part := _next(gallery, upgrade, failed, batch, popularity):
-        for ids in part:
-            now = read_upgrade(gallery)
-            if stopped() or now is None or now.phase not in ("running", "moved"):
-                return now or upgrade
+    while goes_on():
+        position, last = gallery.position(), time.monotonic()  # what is written from here on is left alone
+        if (batches := _left(gallery, upgrade, failed, batch, popularity)) is None:
+            break
+        for done in stage(takewhile(goes_on, batches)):
+            if not goes_on():
+                break
             began = time.monotonic()
-            position = gallery.position()
-            found, unusable = _look_up(media, ids)
-            try:
-                written, refused = write(list(found), list(found.values()), since=position)
-            except ServingError as error:
-                silent += 1
-                _log.warning("%d items wait for the encoder: %s", len(found), error)
-                nap(min(2.0 ** (silent - 1), _LONGEST))
-                continue
-            silent = 0
-            unusable |= refused
-            if unusable:
-                failed |= unusable
+            written = write(done.vectors, since=position)
+            if done.failed:
+                failed |= done.failed
                 _keep(gallery, failed)
             gallery.compact()
-            busy = time.monotonic() - began
-            for result, count in (
-                ("moved", int(written.sum())), ("failed", len(unusable)),
-                ("overtaken", len(ids) - len(unusable) - int(written.sum())),
-            ):  # fmt: skip
+            busy = done.seconds + time.monotonic() - began
+            overtaken = len(done.vectors) - written
+            for result, count in (("moved", written), ("failed", len(done.failed)), ("overtaken", overtaken)):
                 if count:
                     metrics.count("sightline_backfill_items_total", count, result=result)
                     advance(result, count)
             metrics.observe("sightline_backfill_batch_seconds", busy)
             metrics.set("sightline_backfill_remaining_items", gallery.count()[upgrade.old].seen)
-            pace(busy)
+            pace(busy, time.monotonic() - last)
+            last = time.monotonic()
     now = read_upgrade(gallery)
     if now is None or now.phase != "running" or gallery.count()[upgrade.old].seen:
         return now or upgrade
@@ -234,7 +266,7 @@ def estimate(
     """
     ids = gallery.ids(old)
     some = in_order(ids, "random", 0)[: sample + 1].tolist()
-    data = [one for one in _look_up(media, some)[0].values() if one is not None]
+    data = list(_look_up(media, some)[0].values())
     if not data:
         raise DataError("expected media of the gallery's items, the data set has none of the first ones")
     encoder(data[:1])
@@ -247,7 +279,7 @@ def estimate(
     )  # fmt: skip
 
 
-def _next(
+def _left(
     gallery: Gallery, upgrade: Upgrade, failed: Mapping[int, str], batch: int, popularity: Mapping[int, float] | None
 ) -> Iterator[list[int]] | None:
     """Batches of what is left; None where nothing is."""
@@ -262,12 +294,16 @@ def _next(
     return (ids[start : start + batch].tolist() for start in range(0, len(ids), batch))
 
 
-def _look_up(media: Media, ids: Sequence[int]) -> tuple[dict[int, bytes | None], dict[int, str]]:
-    found: dict[int, bytes | None] = {}
+def _look_up(media: Media, ids: Sequence[int]) -> tuple[dict[int, bytes], dict[int, str]]:
+    """Item → its media; item → why there is none."""
+    found: dict[int, bytes] = {}
     missing: dict[int, str] = {}
     for item in ids:
         try:
-            found[item] = media[item]
+            if (data := media[item]) is None:
+                missing[item] = "it has no media"
+            else:
+                found[item] = data
         except (DataError, KeyError) as error:
             missing[item] = str(error)
     return found, missing

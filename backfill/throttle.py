@@ -1,4 +1,4 @@
-"""How much of the encoder a backfill may take: a share of its time, or what live traffic's latency leaves it."""
+"""How much of its encoders a backfill may take: a share of its time, or what live traffic's latency leaves it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Buckets = Mapping[float, float]
 
 
 class Throttle:
-    """Rests between batches, so that the encoder is busy for a share of the time.
+    """Rests between batches, so that each encoder is busy for a share of the time.
 
     With a bound on the live traffic's 99th percentile the share is halved whenever the bound was broken since the last
     batch, and grows by a tenth otherwise, up to `share` (additive increase, multiplicative decrease, Chiu and Jain
@@ -25,27 +25,28 @@ class Throttle:
 
     Args:
         share: of the time, above 0 to 1.
+        encoders: that work side by side, also while this rests.
         p99: bound in seconds; None: there is none.
         observe: the live traffic's latencies so far.
     """
 
     def __init__(
-        self, share: float = 1.0, *, p99: float | None = None, observe: Callable[[], Buckets] | None = None,
-        sleep: Callable[[float], object] = time.sleep,
+        self, share: float = 1.0, *, encoders: int = 1, p99: float | None = None,
+        observe: Callable[[], Buckets] | None = None, sleep: Callable[[float], object] = time.sleep,
     ) -> None:  # fmt: skip
         if not 0 < share <= 1:
             raise ConfigError(f"--share: expected a number above 0, at most 1, got {share}")
         if p99 is not None and p99 <= 0:
             raise ConfigError(f"--p99-ms: expected a number above 0, got {p99 * 1e3:g}")
-        self._most, self.share = share, share
+        self._most, self.share, self._encoders = share, share, encoders
         self._p99, self._observe, self._sleep = p99, observe, sleep
         self._before = observe() if p99 is not None and observe else {}
 
-    def __call__(self, busy: float) -> None:
-        """After a batch of so many seconds."""
+    def __call__(self, busy: float, passed: float) -> None:
+        """After a batch that kept an encoder busy for so many seconds, when so many passed since the last call."""
         if self._p99 is not None and self._observe:
             self._adapt(self._p99, self._observe())
-        self._sleep(min(busy * (1 / self.share - 1), _LONGEST))
+        self._sleep(min(max(busy / self._encoders / self.share - passed, 0), _LONGEST))
 
     def _adapt(self, bound: float, now: Buckets) -> None:
         """A server that was started again counts from zero: a difference below zero says nothing."""

@@ -91,13 +91,14 @@ def put(
     url: Url = None,
 ) -> None:
     """Add an item, or replace it by what it looks like now."""
-    from backfill.job import Writer
+    from backfill.job import Writer, embed
     from backfill.source import open_encoder
 
     with open_encoder(releases / name, url) as encoder, _existing(gallery) as opened:
-        failed = Writer(opened, encoder, encoder.version)([item], [media.read_bytes()], replace=True)[1]
-    if failed:
-        raise ConfigError(f"{media}: {failed[item]}")
+        write, done = Writer(opened, encoder.version), embed(encoder, {item: media.read_bytes()}, [item])
+        write(done.vectors, replace=True)
+    if done.failed:
+        raise ConfigError(f"{media}: {done.failed[item]}")
 
 
 @gallery_app.command("delete")
@@ -209,8 +210,12 @@ def start(
     releases: Releases = RELEASES,
     gallery: Gallery = GALLERY,
     url: Url = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Embed on Ray: a cluster's address, or local; without --url.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Encoders on Ray; 2 where not given.")] = None,
     batch: Batch = 64,
-    share: Annotated[float, typer.Option(help="Of the encoder's time, at most.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Of the encoders' time, at most.")] = 1.0,
     p99_ms: Annotated[
         float | None, typer.Option(help="Slow down while live requests take longer; with --watch.")
     ] = None,
@@ -225,17 +230,26 @@ def start(
     """Move the items, after `begin` and when this release is served; ends when all have moved.
 
     Queries of the old release do not find what has moved. Ctrl-C ends after a batch; the same command goes on, also
-    after a crash.
+    after a crash, with Ray or without.
     """
-    from backfill.job import backfill
+    from backfill.job import backfill, in_process
     from backfill.source import Catalogue, open_encoder
     from backfill.throttle import Buckets, Throttle, read_buckets
     from backfill.upgrade import failures, read_upgrade, write_upgrade
     from serving.exposition import exposed
+    from sightline.content import captioner_folder
     from sightline.metrics import Metrics
+    from sightline.prompt import captioner_version
+    from sightline.ray_cluster import WORKERS
+    from sightline.release import read_manifest
 
     if model not in MODELS:
         raise ConfigError(f"--model: expected {' or '.join(MODELS)}, got {model}")
+    if workers is not None and (workers < 1 or ray is None):
+        raise ConfigError(f"--workers: expected at least 1, with --ray; got {workers} and --ray {ray}")
+    if ray is not None and url is not None:
+        raise ConfigError(f"--ray {ray}: expected without --url, its workers have encoders of their own; got {url}")
+    encoders = 1 if ray is None else workers or WORKERS
     labels = {"stage": "total"} if model == "rank_items" else {"stage": "search"}
 
     def observe() -> Buckets:
@@ -244,19 +258,27 @@ def start(
         except ServingError:  # it is being started again: nobody is served slowly
             return {}
 
-    pace = Throttle(share, p99=None if p99_ms is None else p99_ms / 1e3, observe=observe)
+    pace = Throttle(share, encoders=encoders, p99=None if p99_ms is None else p99_ms / 1e3, observe=observe)
     catalogue, counted = Catalogue(data), Metrics(model="backfill")
+    release = (releases / name).resolve()
+    read_manifest(release)
+    captioner = captioner_version(captioner_folder(release))
     with ExitStack() as stack:
-        encoder = stack.enter_context(open_encoder(releases / name, url))
         opened = stack.enter_context(_existing(gallery))
         known = read_upgrade(opened)
         if known is None:
             raise GalleryError("expected an upgrade, there is none; `sightline backfill begin` makes one")
-        if known.captioner != encoder.version or known.phase not in ("running", "paused", "moved"):
+        if known.captioner != captioner or known.phase not in ("running", "paused", "moved"):
             raise GalleryError(
-                f"an upgrade to captioner {known.captioner} is {known.phase}, this release has {encoder.version}; end "
+                f"an upgrade to captioner {known.captioner} is {known.phase}, this release has {captioner}; end "
                 "it with cut-over or rollback, and clean, or name its release"
             )
+        if ray is None:
+            stage = in_process(stack.enter_context(open_encoder(release, url)), catalogue)
+        else:
+            from backfill.ray_pool import ray_pool
+
+            stage = stack.enter_context(ray_pool(ray, encoders, data, release, captioner))
         if known.phase != "running":
             write_upgrade(opened, known.model_copy(update={"phase": "running"}))
         if metrics_port is not None:
@@ -265,7 +287,7 @@ def start(
         stopped = stack.enter_context(_until_signal())
         advance = stack.enter_context(_progress(opened))
         done = backfill(
-            opened, encoder, catalogue, batch=batch, pace=pace, stopped=stopped, metrics=counted, advance=advance,
+            opened, stage, batch=batch, pace=pace, stopped=stopped, metrics=counted, advance=advance,
             popularity=catalogue.popularity() if known.order == "popularity" else None,
         )  # fmt: skip
         found = _status(opened, done) | {"failed": len(failures(opened))}

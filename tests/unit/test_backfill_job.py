@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backfill.job import Writer, backfill, estimate, fill, in_order
+from backfill.job import Embedded, Stage, Writer, backfill, embed, estimate, fill, in_order, in_process
 from backfill.throttle import Throttle, quantile, read_buckets
 from backfill.upgrade import begin, clean, cut_over, failures, read_upgrade, roll_back, write_upgrade
 from sightline.content import unit
 from sightline.errors import ConfigError, GalleryError, MediaError, ServingError
 from sightline.gallery import Gallery, open_gallery
+from sightline.ray_cluster import cpus_each
 from sightline.retrieval import Retriever, read_views
 
 ITEMS, OLD_WIDTH, NEW_WIDTH = 300, 8, 12
@@ -47,6 +48,29 @@ OLD, NEW = FakeEncoder("captioner-1", OLD_WIDTH), FakeEncoder("captioner-2", NEW
 
 def media_of(items: Sequence[int]) -> dict[int, bytes | None]:
     return {item: b"%d.0" % item for item in items}
+
+
+def put(gallery: Gallery, encoder: FakeEncoder, media: dict[int, bytes | None]) -> None:
+    """As `sightline gallery put` does."""
+    Writer(gallery, encoder.version)(embed(encoder, media, list(media)).vectors, replace=True)
+
+
+def pool(in_flight: int, meanwhile: Callable[[list[list[int]]], object] = lambda batches: None) -> Stage:
+    """Embeds with NEW and answers out of order, as workers do; hears which batches are in flight."""
+    rng = np.random.default_rng(0)
+
+    def stage(batches: Iterable[Sequence[int]]) -> Iterator[Embedded]:
+        todo, busy = iter(batches), list[list[int]]()
+        while True:
+            busy += [list(ids) for _, ids in zip(range(in_flight - len(busy)), todo, strict=False)]
+            if not busy:
+                return
+            chosen = busy.pop(rng.integers(len(busy)))
+            done = embed(NEW, media_of(chosen), chosen)
+            meanwhile([chosen, *busy])
+            yield done
+
+    return stage
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +146,7 @@ def test_the_whole_upgrade(gallery: Gallery, graph: bytes) -> None:
         cut_over(gallery)
 
     ended = list[tuple[str, int]]()
-    assert backfill(gallery, NEW, media_of(IDS), advance=lambda *one: ended.append(one)).phase == "moved"
+    assert backfill(gallery, in_process(NEW, media_of(IDS)), advance=lambda *one: ended.append(one)).phase == "moved"
     assert sum(items for _, items in ended) == ITEMS
     vectors, there = gallery.get(IDS, upgrade.new)
     assert there.all()
@@ -142,9 +166,9 @@ def test_the_whole_upgrade(gallery: Gallery, graph: bytes) -> None:
 def test_rolling_back_restores_every_item(gallery: Gallery, graph: bytes) -> None:
     before, _ = gallery.get(IDS, OLD.version)
     upgrade = begin(gallery, NEW.version, graph)
-    backfill(gallery, NEW, media_of(IDS))
+    backfill(gallery, in_process(NEW, media_of(IDS)))
     cut_over(gallery)
-    Writer(gallery, NEW, NEW.version)([5, 1000], [b"5.1", b"1000.0"], replace=True)
+    put(gallery, NEW, {5: b"5.1", 1000: b"1000.0"})
     back, without = roll_back(gallery)
     assert (back.phase, without) == ("rolled back", 2)  # the one that changed and the one that came
     assert nearest(gallery, OLD, 7)[::2] == (7, OLD.version)
@@ -164,7 +188,6 @@ def test_rolling_back_restores_every_item(gallery: Gallery, graph: bytes) -> Non
 def test_what_happens_to_items_meanwhile(gallery: Gallery, graph: bytes) -> None:
     """Changed, deleted and added while their batch is being embedded: none is overwritten, revived or lost."""
     upgrade = begin(gallery, NEW.version, graph)
-    write = Writer(gallery, NEW, NEW.version)
 
     class Meddling(FakeEncoder):
         done = False
@@ -173,30 +196,78 @@ def test_what_happens_to_items_meanwhile(gallery: Gallery, graph: bytes) -> None
             if not self.done:
                 self.done = True
                 first = int(media[0].split(b".")[0])
-                write([first], [b"%d.1" % first], replace=True)
+                put(gallery, NEW, {first: b"%d.1" % first, 2000: b"2000.0"})
                 gallery.delete([int(media[1].split(b".")[0])])
-                write([2000], [b"2000.0"])
                 self.changed, self.gone = first, int(media[1].split(b".")[0])
             return super().__call__(media)
 
     meddling, ended = Meddling(NEW.version, NEW.width), list[tuple[str, int]]()
-    assert backfill(gallery, meddling, media_of(IDS), advance=lambda *one: ended.append(one)).phase == "moved"
+    done = backfill(gallery, in_process(meddling, media_of(IDS)), advance=lambda *one: ended.append(one))
+    assert done.phase == "moved"
     assert ("overtaken", 2) in ended
     np.testing.assert_allclose(gallery.get([meddling.changed], upgrade.new)[0], expected(NEW, [meddling.changed], 1))
     assert gallery.seen([meddling.gone, 2000]) == [None, upgrade.new]
     assert gallery.count()[upgrade.new].seen == ITEMS
 
 
+def test_what_happens_while_batches_are_in_flight(gallery: Gallery, graph: bytes) -> None:
+    """Answers out of order. Items changed or deleted before, while and after their batch is embedded stay as they are;
+    one that came under the old captioner is moved."""
+    upgrade = begin(gallery, NEW.version, graph)
+    changed, gone, begun = list[int](), list[int](), set[int]()
+
+    def meddle(in_flight: list[list[int]]) -> None:
+        begun.update(*in_flight)
+        left = sorted(set(IDS.tolist()) - begun)
+        for batch in (in_flight[0], in_flight[-1], left):  # answered, being embedded, not begun
+            fresh = [item for item in batch if item not in changed and item not in gone]
+            if len(fresh) > 1 and len(changed) < 12:
+                put(gallery, NEW, {fresh[0]: b"%d.1" % fresh[0]})
+                gallery.delete(fresh[1:2])
+                changed.append(fresh[0])
+                gone.append(fresh[1])
+        if len(in_flight) == 1 and 2000 not in gallery.ids(upgrade.old):  # the last one
+            fill(gallery, OLD, OLD.version, OLD.width, media_of([2000]), np.array([2000]))
+
+    ended = list[tuple[str, int]]()
+    done = backfill(gallery, pool(4, meddle), batch=16, advance=lambda *one: ended.append(one))
+    assert done.phase == "moved"
+    assert len(changed) == len(gone) == 12
+    assert sum(items for result, items in ended if result == "overtaken") == 24
+    assert gallery.seen(gone) == [None] * 12
+    np.testing.assert_allclose(gallery.get(changed, upgrade.new)[0], expected(NEW, changed, 1), atol=1e-6)
+    rest = sorted({*IDS.tolist(), 2000} - {*changed, *gone})
+    vectors, there = gallery.get(rest, upgrade.new)
+    assert there.all()
+    np.testing.assert_allclose(vectors, expected(NEW, rest), atol=1e-6)
+    assert gallery.count()[upgrade.new].seen == ITEMS + 1 - 12
+
+
+def test_what_is_in_flight_when_the_upgrade_ends_is_not_written(gallery: Gallery, graph: bytes) -> None:
+    upgrade = begin(gallery, NEW.version, graph)
+    calls = list[int]()
+
+    def end(in_flight: list[list[int]]) -> None:
+        calls.append(len(in_flight))
+        if len(calls) == 3:
+            roll_back(gallery)
+
+    assert backfill(gallery, pool(4, end), batch=16).phase == "rolled back"
+    assert calls == [4, 4, 4]
+    assert gallery.count()[upgrade.new] == (0, 32)
+    assert gallery.seen(IDS) == [OLD.version] * ITEMS
+
+
 def test_items_that_cannot_be_embedded_are_named_and_left(gallery: Gallery, graph: bytes) -> None:
     begin(gallery, NEW.version, graph)
     media = media_of(IDS) | {3: b"bad", 4: None}
     del media[5]
-    now = backfill(gallery, NEW, media)
+    now = backfill(gallery, in_process(NEW, media))
     assert now.phase == "running"
     assert failures(gallery) == {3: "it is bad", 4: "it has no media", 5: "5"}
     assert gallery.seen([3, 4, 5]) == [OLD.version] * 3
     assert nearest(gallery, NEW, 6)[0] == 6
-    assert backfill(gallery, NEW, media_of(IDS)).phase == "moved"  # mended
+    assert backfill(gallery, in_process(NEW, media_of(IDS))).phase == "moved"  # mended
     assert failures(gallery) == {}
 
 
@@ -214,7 +285,7 @@ def test_an_encoder_that_is_away_is_waited_for(gallery: Gallery, graph: bytes) -
 
     naps, ended = list[float](), list[tuple[str, int]]()
     done = backfill(
-        gallery, Away(NEW.version, NEW.width), media_of(IDS), batch=50, nap=naps.append,
+        gallery, in_process(Away(NEW.version, NEW.width), media_of(IDS), nap=naps.append), batch=50,
         advance=lambda *one: ended.append(one),
     )  # fmt: skip
     assert done.phase == "moved"
@@ -231,18 +302,18 @@ def test_pause_and_stop(gallery: Gallery, graph: bytes) -> None:
         moved.append(items)
         write_upgrade(gallery, upgrade.model_copy(update={"phase": "paused"}))
 
-    assert backfill(gallery, NEW, media_of(IDS), batch=32, advance=pause).phase == "paused"
+    assert backfill(gallery, in_process(NEW, media_of(IDS)), batch=32, advance=pause).phase == "paused"
     assert moved == [32]
     with pytest.raises(GalleryError, match="expected an upgrade that is running"):
-        backfill(gallery, NEW, media_of(IDS))
+        backfill(gallery, in_process(NEW, media_of(IDS)))
     write_upgrade(gallery, upgrade)
-    assert backfill(gallery, NEW, media_of(IDS), stopped=lambda: True).phase == "running"
+    assert backfill(gallery, in_process(NEW, media_of(IDS)), stopped=lambda: True).phase == "running"
     assert gallery.count()[upgrade.new].seen == 32
 
 
 def _work(folder: str, pause: float) -> None:
     with open_gallery(folder) as gallery:
-        backfill(gallery, FakeEncoder(NEW.version, NEW.width, pause), media_of(IDS), batch=8)
+        backfill(gallery, in_process(FakeEncoder(NEW.version, NEW.width, pause), media_of(IDS)), batch=8)
 
 
 def test_killed_again_and_again(tmp_path: Path, graph: bytes) -> None:
@@ -320,8 +391,11 @@ def test_the_estimate(gallery: Gallery) -> None:
 
 def test_the_share_is_kept() -> None:
     rests = list[float]()
-    Throttle(0.25, sleep=rests.append)(2.0)
-    assert rests == [6.0]
+    Throttle(0.25, sleep=rests.append)(2.0, 2.0)
+    Throttle(0.25, sleep=rests.append)(2.0, 3.0)
+    Throttle(0.25, sleep=rests.append)(2.0, 9.0)
+    Throttle(0.25, encoders=4, sleep=rests.append)(2.0, 0.5)  # they go on while this rests
+    assert rests == [6.0, 5.0, 0.0, 1.5]
     with pytest.raises(ConfigError, match="--share"):
         Throttle(0.0)
     with pytest.raises(ConfigError, match="--p99-ms"):
@@ -333,12 +407,34 @@ def test_the_bound_on_live_traffic() -> None:
     states: list[Any] = [{0.01: 0.0, 0.1: 0.0, float("inf"): 0.0}, {0.01: 0.0, 0.1: 9.0, float("inf"): 9.0}]
     states += [{0.01: 50.0, 0.1: 59.0, float("inf"): 59.0}] * 2
     throttle = Throttle(p99=0.02, observe=iter(states).__next__, sleep=lambda seconds: None)
-    throttle(1.0)
+    throttle(1.0, 1.0)
     assert throttle.share == 0.5
-    throttle(1.0)
+    throttle(1.0, 1.0)
     assert throttle.share == pytest.approx(0.6)
-    throttle(1.0)  # nobody asked anything
+    throttle(1.0, 1.0)  # nobody asked anything
     assert throttle.share == pytest.approx(0.7)
+
+
+def test_workers_that_go_on_during_rests_keep_the_share(gallery: Gallery, graph: bytes) -> None:
+    """A batch takes one of three workers a second: at half of their time, two thirds between two answers."""
+    begin(gallery, NEW.version, graph)
+    rests = list[float]()
+    pace = Throttle(0.5, encoders=3, sleep=rests.append)
+
+    def stage(batches: Iterable[Sequence[int]]) -> Iterator[Embedded]:
+        return (done._replace(seconds=1.0) for done in pool(6)(batches))
+
+    backfill(gallery, stage, batch=30, pace=pace)
+    assert rests == [pytest.approx(2 / 3, abs=0.1)] * 10
+
+
+def test_cpus_of_workers() -> None:
+    assert cpus_each([8], 2) == 4
+    assert cpus_each([8], 3) == 2
+    assert cpus_each([3, 3], 3) == 1  # with 2 each there would be room for two workers
+    assert cpus_each([2, 16], 2) == 8
+    assert cpus_each([1, 2], 3) == 1
+    assert cpus_each([1, 2], 4) == 0
 
 
 def test_buckets_of_an_exposition(tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ from sightline.annotation import Annotated, plain
 from sightline.errors import ConfigError, DataError
 from sightline.features import item_schema
 from sightline.media import content_hash
+from sightline.ray_cluster import REQUIREMENT
 from sightline.schema import INTERACTIONS, ITEMS, read_items, write_dataset
 from sightline.store import open_store
 from sightline.tokens import TokenSpec
 from tests.factories import tiny_captioner
 from tests.levels import agree
 from trainer.bulk import BulkConfig, caption_catalogue
-from trainer.bulk_ray import REQUIREMENT
 from trainer.captioning import caption_items, read_captions
 from trainer.shards import Catalogue, blocks_of
 
