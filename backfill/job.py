@@ -22,6 +22,7 @@ from backfill.upgrade import FAILED, Order, Upgrade, read_upgrade, write_upgrade
 from sightline.content import Encoder, unit
 from sightline.errors import ConfigError, DataError, GalleryError, MediaError, ServingError
 from sightline.gallery import Gallery, GalleryVersion
+from sightline.gallery.frozen import faiss
 from sightline.metrics import Metrics
 from sightline.retrieval import VIEWS, Transform, View, Views, read_views
 
@@ -36,6 +37,7 @@ Pace = Callable[[float, float], object]
 """Hears how many seconds a batch kept an encoder busy and how many passed since the last one; rests."""
 _MOST_REASONS = 1000  # of items that failed, that are kept
 _LONGEST = 30.0  # seconds of a wait for the encoder
+_POINTS = 64  # vectors per cluster that k-means is fitted on
 
 _log = logging.getLogger(__name__)
 
@@ -166,8 +168,8 @@ def in_order(
     """The items in the order in which they are moved; the same for the same items after a restart.
 
     random: by a hash of id and seed. popularity: the most asked for first. farthest: those whose old vector is farthest
-    from the mean of all first (without classes, the whole catalogue is one; λ-orthogonality, arXiv 2509.16664, takes
-    each class's own mean).
+    from its cluster's mean first (λ-orthogonality, arXiv 2509.16664, takes the mean of the item's class, which a
+    gallery does not know: spherical k-means, √N clusters).
     """
     ids = np.sort(ids)
     shuffled = ids[np.argsort(_mixed(ids, seed), kind="stable")]
@@ -180,8 +182,12 @@ def in_order(
         return shuffled[np.argsort(-asked, kind="stable")]
     assert vectors is not None
     old = vectors(shuffled)
-    mean = old.mean(0)
-    return shuffled[np.argsort(old @ mean, kind="stable")]
+    clusters = faiss.Kmeans(
+        old.shape[1], max(1, round(len(old) ** 0.5)), niter=10, spherical=True, seed=seed,
+        min_points_per_centroid=1, max_points_per_centroid=_POINTS,
+    )  # fmt: skip
+    clusters.train(old)
+    return shuffled[np.argsort((old @ clusters.centroids.T).max(1), kind="stable")]
 
 
 def backfill(

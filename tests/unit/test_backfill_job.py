@@ -361,8 +361,6 @@ def test_a_transform_of_something_else_is_refused(gallery: Gallery, graph: bytes
 
 
 def test_orders() -> None:
-    rng = np.random.default_rng(0)
-    vectors = unit(rng.normal([2, 0, 0, 0], size=(ITEMS + 1, 4)))
     random = in_order(IDS, "random", 0)
     assert sorted(random) == IDS.tolist()
     assert in_order(IDS[::-1], "random", 0).tolist() == random.tolist()
@@ -374,10 +372,23 @@ def test_orders() -> None:
     assert (np.diff([asked[item] for item in by_popularity.tolist()]) <= 0).all()
     with pytest.raises(ConfigError, match="expected interactions to count"):
         in_order(IDS, "popularity", 0)
-    far = in_order(IDS, "farthest", 0, vectors=lambda ids: vectors[ids])
-    mean = vectors[IDS].mean(0)
-    distances = ((vectors[far] - mean) ** 2).sum(1)
-    assert (np.diff(distances) <= 1e-6).all()
+
+
+def test_farthest_is_from_the_own_cluster() -> None:
+    """A small cluster far from all others is no reason to go first; items between the clusters are."""
+    rng = np.random.default_rng(0)
+    sizes = {0: 600, 1: 240, 2: 60}
+    centers = np.repeat(np.eye(8)[list(sizes)], list(sizes.values()), axis=0)
+    vectors = unit(centers + 0.01 * rng.normal(size=centers.shape))
+    between = rng.choice(len(vectors), 20, replace=False)
+    vectors[between] = unit(rng.normal(size=(20, 8)))
+    ids = np.arange(len(vectors))
+    far = in_order(ids, "farthest", 0, vectors=lambda some: vectors[some])
+    assert sorted(far) == ids.tolist()
+    assert np.isin(far[:20], between).sum() >= 15
+    assert in_order(ids[::-1], "farthest", 0, vectors=lambda some: vectors[some]).tolist() == far.tolist()
+    small = np.isin(far[20:], np.flatnonzero(centers[:, 2]))
+    assert small[:60].mean() < 0.75  # of the mean of all they are the farthest
 
 
 def test_the_estimate(gallery: Gallery) -> None:
