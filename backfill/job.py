@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backfill.upgrade import FAILED, Order, Upgrade, read_upgrade, write_upgrade
+from backfill.upgrade import FAILED, Order, Upgrade, read_uncertainty, read_upgrade, write_upgrade
 from sightline.content import Encoder, unit
 from sightline.errors import ConfigError, DataError, GalleryError, MediaError, ServingError
 from sightline.gallery import Gallery, GalleryVersion
@@ -164,12 +164,14 @@ def fill(
 def in_order(
     ids: NDArray[np.int64], order: Order, seed: int, *, popularity: Mapping[int, float] | None = None,
     vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
+    uncertainty: NDArray[np.float32] | None = None,
 ) -> NDArray[np.int64]:  # fmt: skip
     """The items in the order in which they are moved; the same for the same items after a restart.
 
     random: by a hash of id and seed. popularity: the most asked for first. farthest: those whose old vector is farthest
     from its cluster's mean first (λ-orthogonality, arXiv 2509.16664, takes the mean of the item's class, which a
-    gallery does not know: spherical k-means, √N clusters).
+    gallery does not know: spherical k-means, √N clusters). uncertainty: those first for whose old vector the query
+    transform is expected to do worst, by these weights of it.
     """
     ids = np.sort(ids)
     shuffled = ids[np.argsort(_mixed(ids, seed), kind="stable")]
@@ -182,6 +184,9 @@ def in_order(
         return shuffled[np.argsort(-asked, kind="stable")]
     assert vectors is not None
     old = vectors(shuffled)
+    if order == "uncertainty":
+        assert uncertainty is not None
+        return shuffled[np.argsort(-(old @ uncertainty), kind="stable")]
     clusters = faiss.Kmeans(
         old.shape[1], max(1, round(len(old) ** 0.5)), niter=10, spherical=True, seed=seed,
         min_points_per_centroid=1, max_points_per_centroid=_POINTS,
@@ -295,7 +300,7 @@ def _left(
         return None
     ids = in_order(
         left, upgrade.order, upgrade.seed, popularity=popularity,
-        vectors=lambda some: gallery.get(some, upgrade.old)[0],
+        vectors=lambda some: gallery.get(some, upgrade.old)[0], uncertainty=read_uncertainty(gallery, upgrade),
     )  # fmt: skip
     return (ids[start : start + batch].tolist() for start in range(0, len(ids), batch))
 

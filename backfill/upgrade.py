@@ -15,16 +15,21 @@ import hashlib
 import json
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sightline.errors import GalleryError
 from sightline.gallery import Gallery, GalleryVersion
 from sightline.retrieval import VIEWS, Transform, View, Views, read_views
 
-__all__ = ["FAILED", "Upgrade", "begin", "clean", "cut_over", "failures", "read_upgrade", "roll_back", "write_upgrade"]
+__all__ = [
+    "FAILED", "Upgrade", "begin", "clean", "cut_over", "failures", "read_uncertainty", "read_upgrade", "roll_back",
+    "write_upgrade",
+]  # fmt: skip
 
 UPGRADE, FAILED = "upgrade", "upgrade.failed"
-Order = Literal["random", "popularity", "farthest"]
+Order = Literal["random", "popularity", "farthest", "uncertainty"]
 Phase = Literal["running", "paused", "moved", "cut over", "rolled back"]
 
 
@@ -58,6 +63,12 @@ def write_upgrade(gallery: Gallery, upgrade: Upgrade) -> Upgrade:
     return upgrade
 
 
+def read_uncertainty(gallery: Gallery, upgrade: Upgrade) -> NDArray[np.float32] | None:
+    """Weights of an old vector, float32 [D], where items are moved in that order."""
+    document = gallery.get_state(_uncertainty(upgrade.new))
+    return None if document is None else np.frombuffer(document, "<f4")
+
+
 def failures(gallery: Gallery) -> dict[int, str]:
     """Item → why it could not be embedded by the new system, in the last run."""
     return {int(item): reason for item, reason in json.loads(gallery.get_state(FAILED) or b"{}").items()}
@@ -65,7 +76,7 @@ def failures(gallery: Gallery) -> dict[int, str]:
 
 def begin(
     gallery: Gallery, captioner: str, transform: bytes, *, old: str | None = None, order: Order = "random",
-    seed: int = 0,
+    seed: int = 0, uncertainty: NDArray[np.float32] | None = None,
 ) -> Upgrade:  # fmt: skip
     """Make room for a new version: from now on queries of `captioner` are searched in both.
 
@@ -73,6 +84,7 @@ def begin(
         captioner: version of the new captioner.
         transform: its `query.onnx`.
         old: version that items leave; by default the only one that the gallery has.
+        uncertainty: its `uncertainty.npy`, for that order.
 
     Raises:
         GalleryError: another upgrade is under way, the gallery is of this captioner already, the transform does not
@@ -105,6 +117,13 @@ def begin(
             f"transform: expected OLD with the {before.dimension} numbers of {before.name}, got {graph.old}; train it "
             "on that version's vectors"
         )
+    if order == "uncertainty":
+        if uncertainty is None or uncertainty.shape != (before.dimension,):
+            raise GalleryError(
+                f"uncertainty: expected the {before.dimension} weights of {before.name}, got "
+                f"{None if uncertainty is None else list(uncertainty.shape)}; `sightline backfill train` writes them"
+            )
+        gallery.put_state(_uncertainty(new), uncertainty.astype("<f4").tobytes())
     gallery.create(GalleryVersion(**before.model_dump() | {"name": new, "dimension": graph.new}))
     gallery.put_state(_transform(new), transform)
     _set_view(gallery, captioner, View(versions={before.name: "old", new: "new"}, transform=_transform(new)))
@@ -162,6 +181,7 @@ def clean(gallery: Gallery) -> str:
     gallery.put_state(VIEWS, Views(views=views).model_dump_json().encode())
     if upgrade.phase == "rolled back":
         gallery.put_state(_transform(upgrade.new), None)
+    gallery.put_state(_uncertainty(upgrade.new), None)
     gallery.put_state(FAILED, None)
     gallery.put_state(UPGRADE, None)
     return gone
@@ -178,6 +198,10 @@ def _required(gallery: Gallery, *phases: Phase) -> Upgrade:
 
 def _transform(new: str) -> str:
     return f"transform.{new}"
+
+
+def _uncertainty(new: str) -> str:
+    return f"uncertainty.{new}"
 
 
 def _set_view(gallery: Gallery, captioner: str, view: View) -> None:

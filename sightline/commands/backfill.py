@@ -18,6 +18,9 @@ from sightline.errors import ConfigError, GalleryError, ServingError
 from sightline.location import is_address
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from backfill.upgrade import Upgrade
     from sightline.gallery import Gallery as OpenGallery
 
@@ -46,6 +49,7 @@ class Order(StrEnum):
     random = "random"
     popularity = "popularity"
     farthest = "farthest"
+    uncertainty = "uncertainty"
 
 
 @gallery_app.command("fill")
@@ -199,7 +203,10 @@ def begin(
     read_manifest(releases / name)
     captioner = captioner_version(captioner_folder(releases / name))
     with _existing(gallery) as opened:
-        upgrade = begin_upgrade(opened, captioner, _graph(transform), order=order.value, seed=seed)
+        upgrade = begin_upgrade(
+            opened, captioner, _graph(transform), order=order.value, seed=seed,
+            uncertainty=_weights(transform) if order is Order.uncertainty else None,
+        )  # fmt: skip
         typer.echo(json.dumps(_status(opened, upgrade)))
 
 
@@ -380,6 +387,17 @@ def _graph(folder: Path) -> bytes:
     if not path.is_file():
         raise ConfigError(f"--transform {folder}: expected query.onnx there, as `sightline backfill train` writes it")
     return path.read_bytes()
+
+
+def _weights(folder: Path) -> NDArray[np.float32]:
+    import numpy as np
+
+    path = folder / "uncertainty.npy"
+    try:
+        weights: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected the weights that `sightline backfill train` writes: {error}") from error
+    return weights
 
 
 def _counts(opened: OpenGallery) -> dict[str, dict[str, int]]:

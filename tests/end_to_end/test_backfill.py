@@ -136,7 +136,7 @@ def test_an_upgrade_under_load_that_is_killed_again_and_again(
         # Nothing was begun: the new captioner has no way into the gallery yet, and says so.
         with pytest.raises(client.Unavailable, match="asked with test-captioner"):
             caller.retrieve(quality.media[:1])
-        run("backfill", "begin", "--gallery", gallery, *new, "--transform", transform)
+        run("backfill", "begin", "--gallery", gallery, *new, "--transform", transform, "--order", "uncertainty")
         curve.append((0.0, quality(caller)))
         kills, moved = 0, 0
         with queried(server.url, quality.media) as seen:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from backfill.job import Embedded, Stage, Writer, backfill, embed, estimate, fill, in_order, in_process
 from backfill.throttle import Throttle, quantile, read_buckets
-from backfill.upgrade import begin, clean, cut_over, failures, read_upgrade, roll_back, write_upgrade
+from backfill.upgrade import begin, clean, cut_over, failures, read_uncertainty, read_upgrade, roll_back, write_upgrade
 from sightline.content import unit
 from sightline.errors import ConfigError, GalleryError, MediaError, ServingError
 from sightline.gallery import Gallery, open_gallery
@@ -372,6 +372,26 @@ def test_orders() -> None:
     assert (np.diff([asked[item] for item in by_popularity.tolist()]) <= 0).all()
     with pytest.raises(ConfigError, match="expected interactions to count"):
         in_order(IDS, "popularity", 0)
+
+
+def test_the_uncertain_move_first(gallery: Gallery, graph: bytes) -> None:
+    """By weights that lie in the gallery, also after a restart; they go with the upgrade."""
+    weights = np.random.default_rng(0).normal(size=OLD_WIDTH).astype(np.float32)
+    for wrong in (None, weights[1:]):
+        with pytest.raises(GalleryError, match=f"expected the {OLD_WIDTH} weights of captioner-1"):
+            begin(gallery, NEW.version, graph, order="uncertainty", uncertainty=wrong)
+    upgrade = begin(gallery, NEW.version, graph, order="uncertainty", uncertainty=weights)
+    wanted = IDS[np.argsort(-(gallery.get(IDS, OLD.version)[0] @ weights), kind="stable")].tolist()
+    for moved in (40, 80):
+        left = iter(range(3))
+        backfill(gallery, in_process(NEW, media_of(IDS)), batch=20, stopped=lambda left=left: next(left, 3) > 2)
+        assert set(gallery.ids(upgrade.new).tolist()) <= set(wanted[:moved])
+    assert len(gallery.ids(upgrade.new)) > 20
+    backfill(gallery, in_process(NEW, media_of(IDS)))
+    cut_over(gallery)
+    assert read_uncertainty(gallery, upgrade) is not None
+    clean(gallery)
+    assert read_uncertainty(gallery, upgrade) is None
 
 
 def test_farthest_is_from_the_own_cluster() -> None:

@@ -193,6 +193,20 @@ def test_a_query_transform_is_written_measured_and_the_same_in_onnx(tmp_path: Pa
     assert gains["transform"] > gains["rank merge alone"]
 
 
+def test_what_the_old_model_did_not_see_is_uncertain(tmp_path: Path) -> None:
+    """A third of the items have old vectors that say little about them, on the same side of the old space."""
+    old, new, _ = two_systems(1500)
+    lost = np.random.default_rng(1).random(1500) < 1 / 3
+    blurred = 0.8 * np.random.default_rng(2).normal(size=(1500, 8)) + 4 * np.eye(8)[0]
+    old[lost] = unit_rows(blurred, "old")[lost]
+    config = TransformConfig(hidden=64, epochs=20, batch=128, blocks=1, temperature=0.2, lr=3e-3)
+    figures = train_query_transform(old, new, None, tmp_path, config=config)["validation"]
+    first = np.argsort(-(old @ np.load(tmp_path / "uncertainty.npy")))[:500]
+    assert lost[first].mean() > 0.6
+    gains = {which: figures[which]["mAP"]["relative_gain"]["value"] for which in figures}
+    assert gains["transform, uncertain first"] > gains["transform"] > gains["rank merge alone"]
+
+
 def test_the_temperature_is_chosen_on_items_held_out(tmp_path: Path) -> None:
     old, new, labels = two_systems(600)
     record = train_query_transform(

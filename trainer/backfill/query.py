@@ -1,6 +1,7 @@
 """The query transform as a deployable: fitted on two aligned arrays of vectors, exported to ONNX, measured.
 
     query.onnx       VECTOR FP32 [batch, D_n] → NEW FP32 [batch, D_n], OLD FP32 [batch, D_o], rows of length 1
+    uncertainty.npy  FP32 [D_o]: weights of an old vector; the larger the sum, the worse OLD finds the item
     transform.json   dimensions, configuration, temperature, figures on items that it was not fitted on
 
 A vector of the new backbone gives NEW, which is what the new gallery keeps of an item and what searches it, and OLD,
@@ -23,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.backfilling.curves import Method, ends, evaluate, summarise
-from evaluation.backfilling.orders import random_orders
+from evaluation.backfilling.orders import descending, random_orders
 from evaluation.backfilling.ranks import Relevance, Side
 from sightline.errors import ConfigError, DataError, ReleaseError
-from trainer.backfill.fit import Fit, fit_query, unit_rows
+from trainer.backfill.fit import Fit, fit_query, ridge, unit_rows
 from trainer.backfill.images import split
 from trainer.backfill.transforms import QueryTransform
 
@@ -79,7 +80,8 @@ def train_query_transform(
     old: NDArray[Any], new: NDArray[Any], labels: NDArray[np.int64] | None, out: Path, *,
     config: TransformConfig = TransformConfig(),
 ) -> dict[str, Any]:  # fmt: skip
-    """Fit ψ (and ρ) on the vectors of the same items in both systems; write `query.onnx` and `transform.json` to `out`.
+    """Fit ψ (and ρ) on the vectors of the same items in both systems; write `query.onnx`, `uncertainty.npy` and
+    `transform.json` to `out`.
 
     Args:
         old, new: floating point [N, D_o] and [N, D_n], any length but 0, row i of both being the same item.
@@ -88,7 +90,8 @@ def train_query_transform(
 
     Returns:
         the record in transform.json. Its figures are of items held out: mAP and CMC@1 of the old system, the new one
-        and over the backfill, for the transform and for DRM without one.
+        and over the backfill, for the transform in a random order and with the uncertain items first, and for DRM
+        without a transform.
 
     Raises DataError for arrays that do not fit together, fewer than 64 items, and labels that are all different.
     """
@@ -111,34 +114,41 @@ def train_query_transform(
     alone = ends(before, after, relevance)
 
     def measured(method: Method) -> dict[str, Any]:
-        runs = list(evaluate({"": method}, relevance, random_orders(len(held), range(3)))[""].values())
-        found = summarise(runs, [alone[0]] * 3, [alone[1]] * 3)
+        orders = {} if method.orders else random_orders(len(held), range(3))
+        runs = list(evaluate({"": method}, relevance, orders)[""].values())
+        found = summarise(runs, [alone[0]] * len(runs), [alone[1]] * len(runs))
         return {metric: found[metric] for metric in ("mAP", "CMC@1")} | {"negative_flips": found["negative_flips"]}
 
-    def fitted(config: TransformConfig, temperature: float) -> tuple[QueryTransform, dict[str, Any]]:
+    def fitted(config: TransformConfig, temperature: float) -> tuple[QueryTransform, Method]:
         loss = "reverse" if config.loss == "rqt" else "joint"
         own = None if labels is None else labels[fit]
         learn_new = own is not None and loss == "joint"
         module = fit_query(old[fit], new[fit], own, loss, config.fit(temperature), learn_new=learn_new,
                            linear=config.linear)  # fmt: skip
         to_new, to_old = apply_query(module, news)
-        return module, measured(
-            Method(old=Side(queries=to_old[asked], gallery=olds), new=Side(queries=to_new[asked], gallery=to_new))
+        return module, Method(
+            old=Side(queries=to_old[asked], gallery=olds), new=Side(queries=to_new[asked], gallery=to_new)
         )
 
     temperature, tried = config.temperature, {}
     if config.loss == "mcl" and not temperature:
         short = replace(config, epochs=max(1, config.epochs // 3))
-        tried = {value: fitted(short, value)[1]["mAP"]["auc"]["value"] for value in TEMPERATURES}
+        tried = {value: measured(fitted(short, value)[1])["mAP"]["auc"]["value"] for value in TEMPERATURES}
         temperature = max(tried, key=lambda value: tried[value])
-    module, figures = fitted(config, temperature or TEMPERATURES[0])
+    module, method = fitted(config, temperature or TEMPERATURES[0])
+    weights = _uncertainty(module, old[fit], new[fit])
+    first = replace(method, orders={"uncertainty": descending(olds @ weights)})
     out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "uncertainty.npy", weights)
     record = {
         "old_dim": old.shape[1], "new_dim": new.shape[1], "items": len(old), "fitted_on": len(fit),
         "labelled": labels is not None, "learnt_new": module.residual is not None, "config": asdict(config),
         "temperature": temperature if config.loss == "mcl" else None,
         "mAP_by_temperature": {str(value): round(found, 5) for value, found in tried.items()},
-        "validation": {"transform": figures, "rank merge alone": measured(Method(old=before, new=after))},
+        "validation": {
+            "transform": measured(method), "transform, uncertain first": measured(first),
+            "rank merge alone": measured(Method(old=before, new=after)),
+        },
         "onnx_error": export_query_transform(out / "query.onnx", module),
     }  # fmt: skip
     part = out / "transform.json.part"
@@ -176,6 +186,17 @@ def export_query_transform(path: Path, transform: QueryTransform) -> float:
     if not error <= TOLERANCE:
         raise ReleaseError(f"{path.name}: torch and ONNX differ by {error:.2e}; expected at most {TOLERANCE:g}")
     return error
+
+
+def _uncertainty(module: QueryTransform, old: NDArray[np.float32], new: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How badly ψ will do for an item, from its old vector: ridge regression of log d(ψ(n), o), [D_o].
+
+    What FastFill's uncertainty (Jaeckle et al. 2023) is to a transform of the gallery, linear.
+    """
+    _, reverse = apply_query(module, new)
+    error = np.log(np.maximum(2 - 2 * (reverse * old).sum(1, keepdims=True), 1e-6))
+    weights: NDArray[np.float32] = ridge(error, old)[0][0]
+    return weights
 
 
 def _apart(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
