@@ -3,13 +3,15 @@
 Why: re-embedding a gallery takes days; until it is done, every query meets items of both versions. Methods differ in
     what they do then: compare, merge, transform the query, the gallery, or both (docs/backfilling_methods.md).
 Regime: an old model that knows the first half of the classes, a new and wider one that knows all; retrieval of images
-    that neither was trained on. Generated images by default, so that this runs on a bare machine.
+    that neither was trained on. Generated images by default, so that this runs on a bare machine. The catalogue is the
+    recommender's own case: content vectors of new items by two captioners, and clicks say what is relevant.
 Method: backbones and transforms see training images only, and settings are chosen on a tenth of those; the test images
     are asked and found, the query itself left out. 22 fractions of the gallery from 0 to 1, plain mean over them; one
     backbone per seed and version, several orders each; intervals over queries.
 Ends that a curve should keep: the old model alone at 0, the new model alone at 1.
 
     python -m benchmarks.backfill [--set cifar100 --data FOLDER]      the last line of stdout is JSON
+    python -m benchmarks.backfill --set catalogue --data DATASET --captioners OLD,NEW
 
 Each stage is kept under --out and found again: a run that was stopped goes on where it was.
 """
@@ -30,7 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.backfill_data import ImageSet, class_folders, emoji, generated
+from benchmarks.backfill_catalogue import NOTES, catalogue
+from benchmarks.backfill_data import Asked, Case, ImageSet, class_folders, emoji, generated
 from benchmarks.environment import describe
 from benchmarks.program import add_options, run, say
 from evaluation.backfilling import orders, ranks
@@ -47,6 +50,7 @@ from trainer.backfill.methods import GRIDS, METHODS, Embeddings, farthest_order,
 from trainer.backfill.versions import FIT, Version, train_versions
 
 Array = NDArray[np.float32]
+CATALOGUE = "catalogue"
 OURS, BASELINE = "two-way", "FastFill"
 ENDS = 0.001  # of mAP and CMC@1: how far a curve's end may lie below the model alone
 
@@ -55,8 +59,9 @@ ENDS = 0.001  # of mAP and CMC@1: how far a curve's end may lie below the model 
 class Profile:
     """What one set is measured with."""
 
-    old: BackboneConfig
-    new: BackboneConfig
+    old: BackboneConfig | None = None
+    new: BackboneConfig | None = None
+    """None where vectors are ready made."""
     fit: Fit
 
 
@@ -74,6 +79,7 @@ PROFILES = {
         new=BackboneConfig(width=32, dim=64, epochs=40, batch=64, lr=0.1),
         fit=Fit(hidden=128, epochs=40, batch=256),
     ),
+    CATALOGUE: Profile(fit=Fit()),
 }  # fmt: skip
 
 
@@ -81,9 +87,12 @@ PROFILES = {
 class BackfillOptions:
     set: str = "generated"
     data: str = ""
-    """Folder of the set: classes for cifar100, emoji.csv for emoji; the generated one needs none."""
+    """Folder of the set: classes for cifar100, emoji.csv for emoji, a data set with clicks for the catalogue; the
+    generated one needs none."""
+    captioners: str = ""
+    """Folders of the old and the new captioner, with a comma, for the catalogue alone."""
     seeds: int = 3
-    """Backbones and transforms are trained anew for each."""
+    """Backbones and transforms are trained anew for each; captioners are not."""
     orders: int = 3
     """Random ones, per seed."""
     arch: str = "small"
@@ -99,21 +108,35 @@ class BackfillOptions:
         if self.set not in PROFILES:
             raise ConfigError(f"--set: got {self.set!r}, expected one of {', '.join(PROFILES)}")
         if (self.set == "generated") == bool(self.data):
-            need = "no --data" if self.set == "generated" else "--data with the folder of its images"
+            need = "no --data" if self.set == "generated" else "--data with its folder"
             raise ConfigError(f"--set {self.set}: got --data {self.data!r}, expected {need}")
+        wanted, folders = (2, "OLD,NEW, folders") if self.set == CATALOGUE else (0, "none")
+        if len(self.versions) != wanted:
+            raise ConfigError(f"--set {self.set}: got --captioners {self.captioners!r}, expected {folders}")
         if self.quick and self.set != "generated":
             raise ConfigError(f"--quick: got --set {self.set}, expected the generated one")
         if self.arch not in ARCHITECTURES:
             raise ConfigError(f"--arch: got {self.arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+        if self.set == CATALOGUE and (self.bf16 or self.arch != "small"):
+            raise ConfigError(f"--set {CATALOGUE}: got --arch or --bf16, expected neither; no backbone is trained")
         for name, low, high in (("seeds", 1, 100), ("orders", 1, 100), ("threads", 1, 1024)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"--{name}: got {getattr(self, name)}, expected {low} to {high}")
         if unknown := sorted(set(self.chosen) - set(METHODS)):
             raise ConfigError(f"--methods: {unknown[0]!r} is none of {'; '.join(METHODS)}")
+        if self.set == CATALOGUE and "BCT" in self.chosen:
+            raise ConfigError(f"--methods: got BCT, which --set {CATALOGUE} trains no compatible model for")
 
     @property
     def chosen(self) -> Sequence[str]:
-        return [name.strip() for name in self.methods.split(";")] if self.methods else list(METHODS)
+        if self.methods:
+            return [name.strip() for name in self.methods.split(";")]
+        return [name for name in METHODS if name != "BCT" or self.set != CATALOGUE]
+
+    @property
+    def versions(self) -> Sequence[Path]:
+        """Folders of the captioners, old and new."""
+        return [Path(folder.strip()) for folder in self.captioners.split(",") if folder.strip()]
 
 
 def measure(options: BackfillOptions) -> dict[str, Any]:
@@ -140,6 +163,8 @@ def measure(options: BackfillOptions) -> dict[str, Any]:
         "aims": _aims(summaries), "chosen": [run["settings"] for run in runs], "sizes": runs[0]["sizes"],
         "methods": summaries, **describe(),
     }  # fmt: skip
+    if options.set == CATALOGUE:
+        report |= {"reference": runs[0]["reference"], "notes": NOTES}
     for path in write_report(report, folder):
         say(f"wrote {path}")
     say(markdown(report))
@@ -153,7 +178,51 @@ def measure(options: BackfillOptions) -> dict[str, Any]:
 
 def _seed(options: BackfillOptions, seed: int, folder: Path) -> dict[str, Any]:
     """One seed's outcomes per method and order, and of the two models alone."""
+    profile, case = _profile(options), _case(options, seed, folder)
+    queries, gallery, relevance = case.test.queries, case.test.gallery, case.test.relevance
+    found: dict[str, Any] = {"outcomes": {}, "settings": {}, "sizes": case.sizes, "reference": case.reference}
+    shared_orders = random_orders(len(gallery.labels), range(options.orders)) | {
+        "popularity": popularity_order(gallery.old, case.validation.queries.old),
+        "farthest from class mean": farthest_order(gallery.old, case.fit),
+    }
+    found["alone"] = ends(
+        Side(queries=queries.old, gallery=gallery.old), Side(queries=queries.new, gallery=gallery.new), relevance
+    )
+    for name in options.chosen:
+        key = [case.keys[one] for one in ("old", "new", *(["bct"] if name == "BCT" else []))]
+        stem = f"{name.replace(' ', '_')}-{_key([*key, asdict(profile), options.orders, seed])}"
+        cached = folder / "outcomes" / f"{stem}.npz"
+        if not cached.exists():
+            settings, fit = _chosen(name, replace(profile.fit, seed=seed), case)
+            say(f"seed {seed}: {name} {settings or ''}")
+            method = METHODS[name](case.fit, case.head, fit)(queries, gallery)
+            _keep(cached, evaluate({name: method}, relevance, shared_orders)[name], settings)
+        found["outcomes"][name], found["settings"][name] = _kept(cached)
+    return found
+
+
+def _chosen(name: str, fit: Fit, case: Case) -> tuple[dict[str, Any], Fit]:
+    """A method's settings: those of its grid with the largest mAP AUC on the validation part, in a random order."""
+    if name not in GRIDS:
+        return {}, fit
+    asked = case.validation
+    order = random_orders(len(asked.gallery.labels), [fit.seed])
+    tried = []
+    for settings in GRIDS[name]:
+        one = replace(fit, **{"epochs": max(1, fit.epochs // 3), **settings})
+        method = METHODS[name](case.fit, case.head, one)(asked.queries, asked.gallery)
+        found = evaluate({name: method}, asked.relevance, order)[name][f"random {fit.seed}"]
+        tried.append((float(found.precision.mean()), settings))
+    best = dict(max(tried, key=lambda pair: pair[0])[1])
+    return best, replace(fit, **best)
+
+
+def _case(options: BackfillOptions, seed: int, folder: Path) -> Case:
+    if options.set == CATALOGUE:
+        return catalogue(Path(options.data), options.versions, seed, folder / "vectors")
     profile, images = _profile(options), _images(options, seed)
+    assert profile.old
+    assert profile.new
     shared: dict[str, Any] = {"arch": options.arch, "bf16": options.bf16, "seed": seed}
     versions = train_versions(
         images.parts, replace(profile.old, classes=images.classes // 2, **shared),
@@ -161,49 +230,16 @@ def _seed(options: BackfillOptions, seed: int, folder: Path) -> dict[str, Any]:
         compatible="BCT" in options.chosen, say=say,
     )  # fmt: skip
     parts = {part: _embeddings(versions, part, one.labels) for part, one in images.parts.items()}
-    on = parts[FIT]
-    found: dict[str, Any] = {"outcomes": {}, "settings": {}}
-    found["sizes"] = {part: len(one) for part, one in images.parts.items()} | {"classes": images.classes}
-    queries, gallery = (parts[name] for name in images.names("test"))
-    relevance = _relevance(queries, gallery)
-    asked = parts[images.names("validation")[0]]
-    shared_orders = random_orders(len(gallery.labels), range(options.orders)) | {
-        "popularity": popularity_order(gallery.old, asked.old),
-        "farthest from class mean": farthest_order(gallery.old, on),
-    }
-    found["alone"] = ends(
-        Side(queries=queries.old, gallery=gallery.old), Side(queries=queries.new, gallery=gallery.new), relevance
-    )
-    for name in options.chosen:
-        key = [versions[one].key for one in ("old", "new", *(["bct"] if name == "BCT" else []))]
-        stem = f"{name.replace(' ', '_')}-{_key([*key, asdict(profile), options.orders, seed])}"
-        cached = folder / "outcomes" / f"{stem}.npz"
-        if not cached.exists():
-            settings, fit = _chosen(name, profile, parts, images, versions["new"].head, seed)
-            say(f"seed {seed}: {name} {settings or ''}")
-            method = METHODS[name](on, versions["new"].head, fit)(queries, gallery)
-            _keep(cached, evaluate({name: method}, relevance, shared_orders)[name], settings)
-        found["outcomes"][name], found["settings"][name] = _kept(cached)
-    return found
 
+    def asked(part: str) -> Asked:
+        queries, gallery = (parts[name] for name in images.names(part))
+        return Asked(queries=queries, gallery=gallery, relevance=_relevance(queries, gallery))
 
-def _chosen(
-    name: str, profile: Profile, parts: Mapping[str, Embeddings], images: ImageSet, head: Array, seed: int
-) -> tuple[dict[str, Any], Fit]:
-    """A method's settings: those of its grid with the largest mAP AUC on the validation part, in a random order."""
-    fit = replace(profile.fit, seed=seed)
-    if name not in GRIDS:
-        return {}, fit
-    queries, gallery = (parts[one] for one in images.names("validation"))
-    relevance, order = _relevance(queries, gallery), random_orders(len(gallery.labels), [seed])
-    tried = []
-    for settings in GRIDS[name]:
-        one = replace(fit, **{"epochs": max(1, fit.epochs // 3), **settings})
-        method = METHODS[name](parts[FIT], head, one)(queries, gallery)
-        found = evaluate({name: method}, relevance, order)[name][f"random {seed}"]
-        tried.append((float(found.precision.mean()), settings))
-    best = dict(max(tried, key=lambda pair: pair[0])[1])
-    return best, replace(fit, **best)
+    return Case(
+        fit=parts[FIT], validation=asked("validation"), test=asked("test"), head=versions["new"].head,
+        keys={name: one.key for name, one in versions.items()},
+        sizes={part: len(one) for part, one in images.parts.items()} | {"classes": images.classes},
+    )  # fmt: skip
 
 
 def _images(options: BackfillOptions, seed: int) -> ImageSet:
@@ -216,6 +252,8 @@ def _profile(options: BackfillOptions) -> Profile:
     profile = PROFILES[options.set]
     if not options.quick:
         return profile
+    assert profile.old
+    assert profile.new
     small: dict[str, Any] = {"epochs": 2, "batch": 32, "width": 4}
     return replace(
         profile, old=replace(profile.old, **small), new=replace(profile.new, **small),
@@ -295,7 +333,8 @@ def _kept(path: Path) -> tuple[dict[str, Outcomes], dict[str, Any]]:
 
 
 OPTIONS = {
-    "set": "images: " + ", ".join(PROFILES), "data": "folder of the set, where it has one",
+    "set": ", ".join(PROFILES), "data": "folder of the set, where it has one",
+    "captioners": "OLD,NEW: folders of two captioners, for the catalogue",
     "seeds": "backbones and transforms trained", "orders": "random orders per seed",
     "arch": "backbones: " + ", ".join(ARCHITECTURES), "threads": "of torch", "methods": "some, with semicolons",
     "out": "folder of everything that is kept",

@@ -1,11 +1,12 @@
-"""Image sets of `make bench-backfill`: generated ones, folders of classes, emoji in two drawing styles."""
+"""What `make bench-backfill` compares methods on, and its image sets: generated ones, folders of classes, emoji in two
+drawing styles."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,43 @@ from PIL import Image
 
 from catalogue.attributes import COLOURS, OBJECTS, PATTERNS, SETTINGS, SIZES, Attributes
 from catalogue.render import render_image
+from evaluation.backfilling.ranks import Relevance
 from sightline.errors import DataError
 from trainer.backfill.images import Images, load_classes, split
+from trainer.backfill.methods import Embeddings
 from trainer.backfill.versions import FIT
 
-__all__ = ["ImageSet", "class_folders", "emoji", "generated"]
+__all__ = ["VALIDATION", "Asked", "Case", "ImageSet", "class_folders", "emoji", "generated"]
 
-VALIDATION = 0.1  # of each class's training images
+VALIDATION = 0.1  # of what may be fitted on, of each class where there are classes
 STYLES = ("twemoji", "openmoji")  # asked in, found in
 EMOJI_TEST, EMOJI_LEAST = 0.3, 10  # share of a subgroup's emoji; emoji that a subgroup must have
 EMOJI_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Queries and a gallery by both models; they are one object where one set serves as both."""
+
+    queries: Embeddings
+    gallery: Embeddings
+    relevance: Relevance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One seed of a set, as vectors by both models, wherever they come from."""
+
+    fit: Embeddings
+    validation: Asked
+    test: Asked
+    head: NDArray[np.float32]
+    """Directions of the new model's classes [classes, D_n], rows of length 1."""
+    keys: Mapping[str, str]
+    """Version → what identifies its vectors, and everything else here beside seed and profile."""
+    sizes: Mapping[str, int]
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Rankings of the test gallery without a model → their mAP and CMC@1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ Regime: the generated catalogue and the demo's captioner and ranker (`make demo`
     a new caption have the old one's in the ranker's tokens (`sightline store carry-over`), and so have profiles.
 Method: rows after the split; items move in one random order; AUC of all rows and of cold items, and the two-way
     interval (users and items) of the lift over the worse end.
+Control: the same without carry-over, that is with no caption for items that the new captioner has not described.
 
     python -m benchmarks.migration [--run artifacts/demo/synthetic] [--points 11]
 """
@@ -66,29 +67,36 @@ def measure(options: MigrationOptions) -> dict[str, Any]:
         name: {cut: round(values["attribute_f1"], 4) for cut, values in caption_quality(options.data, one, 0).items()}
         for name, one in (("old", old), ("new", new))
     }
-    points = []
+    fractions = {"points": np.linspace(0, 1, options.points).tolist(), "without_carry_over": [0.0, 0.5]}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in fractions}
     with tempfile.TemporaryDirectory(dir=options.out) as work:
-        fractions = np.linspace(0, 1, options.points).tolist()
-        for point in curve(options.data, options.run / "ranker", old, new, fractions, Path(work), draws=options.draws):
-            points.append(point)
-            say(json.dumps(point))
+        for name, before in (("points", old), ("without_carry_over", dict[int, str]())):
+            for point in curve(
+                options.data, options.run / "ranker", before, new, fractions[name], Path(work), draws=options.draws
+            ):
+                found[name].append(point)
+                say(json.dumps({name: point}))
+    points = found["points"]
     broken = [
         f"{cut} at {point['fraction']}: AUC {point[cut]['auc']:.4f}, {point[cut]['lift_ci95']} % over the worse end"
         for point in points for cut in ("all", "cold") if point[cut]["lift_ci95"][1] < 0
     ]  # fmt: skip
-    report = {"attribute_f1": quality, "points": points, "broken": broken, "made_with": describe()}
-    draw(points, options.out / "auc.png")
+    report = {"attribute_f1": quality, **found, "broken": broken, "made_with": describe()}
+    draw(found, options.out / "auc.png")
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """AUC against the share of items that the new captioner has described."""
+    ways = {"carry-over": found["points"], "without": [*found["without_carry_over"], found["points"][-1]]}
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     for axis, cut in zip(figure.subplots(1, 2), ("all", "cold"), strict=True):
-        axis.plot([point["fraction"] for point in points], [point[cut]["auc"] for point in points], marker="o")
+        for way, points in ways.items():
+            axis.plot([one["fraction"] for one in points], [one[cut]["auc"] for one in points], marker="o", label=way)
+        axis.legend()
         axis.set(title=f"{cut} rows" if cut == "all" else "cold items", xlabel="share of items moved", ylabel="AUC")
     figure.savefig(path, dpi=120)
 

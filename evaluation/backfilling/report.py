@@ -20,7 +20,8 @@ __all__ = ["write_report"]
 def write_report(report: dict[str, Any], out: Path) -> list[Path]:
     """Write report.json, report.md and curves.png to `out`.
 
-    `report["methods"]` is method → order → what `curves.summarise` returns.
+    `report["methods"]` is method → order → what `curves.summarise` returns; `notes`, sentences, and `reference`,
+    ranking without a model → metric → value, may be there.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -37,6 +38,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{first['queries']:,} queries; old alone: " + _ends(first, "old") + "; new alone: " + _ends(first, "new")
         + ". AUC is the mean over 22 equally spaced fractions, relative gain (AUC − old) / (new − old) in per cent; "
         "its own share the same with the curve's own end for the new model; intervals are 95 % over queries.", "",
+        *(line for note in _notes(report) for line in (note, "")),
         "| method | order | runs | mAP AUC | relative gain | own share | M₀ − old | M₁ − new | CMC@1 AUC "
         "| relative gain | CMC@5 AUC | negative flips, mean, most | drops of mAP (significant) | deepest |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -57,6 +59,14 @@ def markdown(report: dict[str, Any]) -> str:
             ]) + " |")  # fmt: skip
     lines += ["", f"Made with `{report['command']}`.", ""] if "command" in report else [""]
     return "\n".join(lines)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    by_name = [
+        f"{name} " + ", ".join(f"{metric} {_percent(value, 2)}" for metric, value in found.items())
+        for name, found in report.get("reference", {}).items()
+    ]
+    return [*report.get("notes", ()), *(["Without a model: " + "; ".join(by_name) + "."] if by_name else [])]
 
 
 def _ends(found: dict[str, Any], end: str) -> str:

@@ -140,7 +140,10 @@ def test_ranking_while_the_captioner_is_exchanged(demo, tmp_path):
     assert [point["fraction"] for point in report["points"]] == [0, 0.5, 1]
     new = read_captions(next(run.glob("captions-*.parquet")))[0]
     old = read_captions(next((tmp_path / "out").glob("captions-*.parquet")))[0]
-    for captions, point in ((old, report["points"][0]), (new, report["points"][-1])):
+    without = report["without_carry_over"]
+    assert [point["fraction"] for point in without] == [0, 0.5]
+    none = dict.fromkeys(new, "")
+    for captions, point in ((old, report["points"][0]), (new, report["points"][-1]), (none, without[0])):
         found = scores_of(data, run / "ranker", captions, tmp_path / "examples.parquet")
         assert roc_auc_score(found["label"], found["score"]) == pytest.approx(point["all"]["auc"])
     worse = min((report["points"][0], report["points"][-1]), key=lambda point: point["all"]["auc"])
