@@ -91,7 +91,7 @@ def in_process(encoder: Encoder, media: Media, *, nap: Callable[[float], object]
 class Writer:
     """Writes items into the version of a gallery that a captioner writes to.
 
-    Raises GalleryError where the gallery has no view for the captioner.
+    Raises GalleryError where the gallery has no view for the captioner, or queries no longer look there.
     """
 
     def __init__(self, gallery: Gallery, captioner: str) -> None:
@@ -100,6 +100,12 @@ class Writer:
         if view is None:
             raise GalleryError(f"the gallery knows no captioner {captioner}: fill it, or begin an upgrade to it")
         self.version = next(version for version, space in view.versions.items() if space != "old")
+        upgrade = read_upgrade(gallery)
+        if upgrade and upgrade.phase == "cut over" and self.version == upgrade.old:
+            raise GalleryError(
+                f"the upgrade to {upgrade.new} is cut over, nobody looks for items in {self.version} any more; name a "
+                f"release of captioner {upgrade.captioner}, or go back with `sightline backfill rollback`"
+            )
         graph = gallery.get_state(view.transform) if view.transform else None
         self._transform = Transform(graph) if graph is not None else None
 
@@ -147,6 +153,8 @@ def fill(
         gallery.put_state(VIEWS, view.model_dump_json().encode())
     write = Writer(gallery, captioner)
     others = set(read_views(gallery).views[captioner].versions) - {write.version}
+    if (upgrade := read_upgrade(gallery)) and upgrade.phase != "rolled back":
+        others.add(upgrade.new)  # what has moved stays where it is
     seen = gallery.seen(ids)
     todo = ids[[at is None or (at != write.version and at not in others) for at in seen]]
     advance(len(ids) - len(todo))

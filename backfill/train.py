@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from backfill.job import Media, in_order
 from sightline.content import Encoder
@@ -58,4 +59,8 @@ def train_transform(
     if not len(found):
         raise GalleryError(f"none of {len(ids)} items of {old} has media that can be embedded")
     new = np.stack(list(found.values()))[there]
-    return train_query_transform(before[there], new, None, out, config=TransformConfig(epochs=epochs, seed=seed))
+    record = train_query_transform(before[there], new, None, out, config=TransformConfig(epochs=epochs, seed=seed))
+    graph = onnx.load(out / "query.onnx")
+    onnx.helper.set_model_props(graph, {"old": old, "captioner": captioner})  # which `begin` looks for
+    onnx.save(graph, out / "query.onnx")
+    return record

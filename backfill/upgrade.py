@@ -96,10 +96,16 @@ def begin(
     new = f"{captioner[:40]}-{digest}"
     if known:
         if known.new == new and known.phase in ("running", "paused", "moved"):
+            if (known.order, known.seed) != (order, seed):
+                raise GalleryError(
+                    f"the upgrade to {new} is {known.phase} in order {known.order}, seed {known.seed}, got {order}, "
+                    f"{seed}; leave it as it is, or begin anew after `sightline backfill rollback` and `clean`"
+                )
             return known
+        end = "clean`" if known.phase in ("cut over", "rolled back") else "cut-over` or `rollback`, and `clean`,"
         raise GalleryError(
-            f"an upgrade from {known.old} to {known.new} is {known.phase}; end it with `sightline backfill cut-over` "
-            "or `rollback`, and `clean`, before the next begins"
+            f"an upgrade from {known.old} to {known.new} is {known.phase}; `sightline backfill {end} before the next "
+            "begins"
         )
     view = read_views(gallery).views.get(captioner)
     if view is not None and new not in view.versions:
@@ -109,9 +115,16 @@ def begin(
     versions = {version.name: version for version in gallery.versions() if version.name != new}
     if old is None and len(versions) != 1:
         raise GalleryError(
-            f"expected one version to upgrade from, the gallery has {', '.join(versions) or 'none'}; name it"
+            "expected one version to upgrade from, the gallery has "
+            + (f"{', '.join(versions)}; name it" if versions else "none; `sightline gallery fill` makes one")
         )
     before = gallery.version(old or next(iter(versions)))
+    for what, wanted in (("old", before.name), ("captioner", captioner)):
+        if (made_for := graph.made_for.get(what, wanted)) != wanted:
+            raise GalleryError(
+                f"transform: expected one for {what} {wanted}, got one for {made_for}; `sightline backfill train` with "
+                "this release and gallery makes it, --transform names its folder"
+            )
     if before.dimension != graph.old:
         raise GalleryError(
             f"transform: expected OLD with the {before.dimension} numbers of {before.name}, got {graph.old}; train it "
@@ -177,6 +190,12 @@ def clean(gallery: Gallery) -> str:
     if upgrade.phase == "rolled back":
         views.pop(upgrade.captioner, None)
     if any(version.name == gone for version in gallery.versions()):
+        if len(left := gallery.ids(gone)):
+            some = ", ".join(map(str, left[:10].tolist()))
+            raise GalleryError(
+                f"{gone}: queries see {len(left)} items in it alone: {some}{', …' if len(left) > 10 else ''}; with the "
+                "release that stays, `sightline gallery put` (or `fill`) brings them over; `delete` removes them"
+            )
         gallery.drop(gone)
     gallery.put_state(VIEWS, Views(views=views).model_dump_json().encode())
     if upgrade.phase == "rolled back":
@@ -192,7 +211,11 @@ def _required(gallery: Gallery, *phases: Phase) -> Upgrade:
     if upgrade is None:
         raise GalleryError("expected an upgrade, there is none; `sightline backfill begin` makes one")
     if upgrade.phase not in phases:
-        raise GalleryError(f"the upgrade to {upgrade.new} is {upgrade.phase}, expected {' or '.join(phases)}")
+        way = "clean` ends it, then `begin`" if upgrade.phase == "rolled back" else "cut-over` or `rollback` first"
+        raise GalleryError(
+            f"the upgrade to {upgrade.new} is {upgrade.phase}, expected {' or '.join(phases)}; `sightline backfill "
+            f"{way}"
+        )
     return upgrade
 
 

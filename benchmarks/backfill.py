@@ -209,7 +209,7 @@ def _chosen(name: str, fit: Fit, case: Case) -> tuple[dict[str, Any], Fit]:
     order = random_orders(len(asked.gallery.labels), [fit.seed])
     tried = []
     for settings in GRIDS[name]:
-        one = replace(fit, **{"epochs": max(1, fit.epochs // 3), **settings})
+        one = replace(fit, **{"epochs": max(1, int(fit.epochs * case.trial)), **settings})
         method = METHODS[name](case.fit, case.head, one)(asked.queries, asked.gallery)
         found = evaluate({name: method}, asked.relevance, order)[name][f"random {fit.seed}"]
         tried.append((float(found.precision.mean()), settings))

@@ -119,6 +119,7 @@ def catalogue(data: Path, captioners: Sequence[Path], seed: int, kept: Path) -> 
         },
         sizes={"fit": len(ids), "validation": len(held), "test": len(asked), "classes": int(groups.max()) + 1},
         reference=_reference(log, record, asked, test.relevance),
+        trial=1.0,  # fewer epochs favour warmer temperatures than those that are best in the end
     )  # fmt: skip
 
 

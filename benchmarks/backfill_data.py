@@ -52,6 +52,8 @@ class Case:
     sizes: Mapping[str, int]
     reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Rankings of the test gallery without a model → their mAP and CMC@1."""
+    trial: float = 1 / 3
+    """Share of a transform's epochs with which settings are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,8 @@ class Transform:
             raise GalleryError(f"transform: expected VECTOR → NEW, OLD; got {inputs} → {outputs}")
         self.width = int(self._session.get_inputs()[0].shape[1])
         self.new, self.old = (int(one.shape[1]) for one in self._session.get_outputs())
+        self.made_for: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        """`old`: the gallery's version, `captioner`: the new one; empty where it does not say."""
 
     def __call__(self, vectors: NDArray[np.float32]) -> dict[Space, NDArray[np.float32]]:
         """Content vectors [B, W] → queries by output."""

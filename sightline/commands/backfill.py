@@ -275,11 +275,17 @@ def start(
         known = read_upgrade(opened)
         if known is None:
             raise GalleryError("expected an upgrade, there is none; `sightline backfill begin` makes one")
-        if known.captioner != captioner or known.phase not in ("running", "paused", "moved"):
+        if known.captioner != captioner:
             raise GalleryError(
-                f"an upgrade to captioner {known.captioner} is {known.phase}, this release has {captioner}; end "
-                "it with cut-over or rollback, and clean, or name its release"
+                f"--release {name}: expected captioner {known.captioner}, to which an upgrade is {known.phase}, got "
+                f"{captioner}; name its release"
             )
+        if known.phase not in ("running", "paused", "moved"):
+            way = (
+                "`sightline gallery fill` embeds what was left behind, `sightline backfill rollback` leads back"
+                if known.phase == "cut over" else "`sightline backfill clean` ends it, then `begin` starts over"
+            )  # fmt: skip
+            raise GalleryError(f"the upgrade to {captioner} is {known.phase}, expected one that is running; {way}")
         if ray is None:
             stage = in_process(stack.enter_context(open_encoder(release, url)), catalogue)
         else:
@@ -368,7 +374,8 @@ def _change(location: str, before: str, after: str) -> None:
         upgrade = read_upgrade(opened)
         if upgrade is None or upgrade.phase not in (before, after):
             raise GalleryError(
-                f"expected an upgrade that is {before}, " + (f"it is {upgrade.phase}" if upgrade else "there is none")
+                f"expected an upgrade that is {before}, "
+                + (f"it is {upgrade.phase}" if upgrade else "there is none; `sightline backfill begin` makes one")
             )
         typer.echo(json.dumps(_status(opened, write_upgrade(opened, upgrade.model_copy(update={"phase": after})))))
 

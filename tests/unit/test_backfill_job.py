@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
@@ -76,7 +77,6 @@ def pool(in_flight: int, meanwhile: Callable[[list[list[int]]], object] = lambda
 @pytest.fixture(scope="module")
 def graph() -> bytes:
     """VECTOR [B, 12] → NEW: the same at length 1, OLD: its first 8 numbers at length 1."""
-    import onnx
     from onnx import TensorProto, helper
 
     nodes = [
@@ -372,6 +372,47 @@ def test_orders() -> None:
     assert (np.diff([asked[item] for item in by_popularity.tolist()]) <= 0).all()
     with pytest.raises(ConfigError, match="expected interactions to count"):
         in_order(IDS, "popularity", 0)
+
+
+def test_the_old_release_takes_nothing_back(gallery: Gallery, graph: bytes) -> None:
+    """A nightly fill leaves moved items where they are; after the cut-over nobody would find what it writes."""
+    upgrade = begin(gallery, NEW.version, graph)
+    left = iter(range(3))
+    backfill(gallery, in_process(NEW, media_of(IDS)), batch=50, stopped=lambda: next(left, 3) > 2)
+    moved = gallery.ids(upgrade.new)
+    assert 0 < len(moved) < ITEMS
+    fill(gallery, OLD, OLD.version, OLD.width, media_of([*IDS, 2000]), np.array([*IDS, 2000]))
+    assert gallery.ids(upgrade.new).tolist() == moved.tolist()
+    assert gallery.seen([2000]) == [OLD.version]
+    backfill(gallery, in_process(NEW, media_of([*IDS, 2000])))
+    cut_over(gallery)
+    for write in (
+        lambda: fill(gallery, OLD, OLD.version, OLD.width, media_of([3000]), np.array([3000])),
+        lambda: put(gallery, OLD, {3000: b"3000"}),
+    ):
+        with pytest.raises(GalleryError, match="name a release of captioner captioner-2"):
+            write()
+    assert gallery.seen([3000]) == [None]
+    roll_back(gallery)
+    fill(gallery, OLD, OLD.version, OLD.width, media_of([3000]), np.array([3000]))
+    assert gallery.seen([3000]) == [OLD.version]
+
+
+def test_an_upgrade_begins_with_its_own_transform_and_keeps_its_order(gallery: Gallery, graph: bytes) -> None:
+    model = onnx.load_from_string(graph)
+    for made_for, message in (
+        ({"old": "another", "captioner": NEW.version}, "expected one for old captioner-1, got one for another"),
+        ({"old": OLD.version, "captioner": "captioner-9"}, "expected one for captioner captioner-2, got one for cap"),
+    ):
+        onnx.helper.set_model_props(model, made_for)
+        with pytest.raises(GalleryError, match=message):
+            begin(gallery, NEW.version, model.SerializeToString())
+    onnx.helper.set_model_props(model, {"old": OLD.version, "captioner": NEW.version})
+    own = model.SerializeToString()
+    upgrade = begin(gallery, NEW.version, own, order="farthest", seed=3)
+    assert begin(gallery, NEW.version, own, order="farthest", seed=3) == upgrade
+    with pytest.raises(GalleryError, match="running in order farthest, seed 3, got random, 3"):
+        begin(gallery, NEW.version, own, seed=3)
 
 
 def test_the_uncertain_move_first(gallery: Gallery, graph: bytes) -> None:
