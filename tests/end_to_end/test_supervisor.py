@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,25 @@ WITHIN = 15.0  # seconds; on an idle machine less than 5
 
 
 @pytest.fixture(scope="module")
-def watched(releases_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    folder = tmp_path_factory.mktemp("supervised")
-    supervision = Supervision(interval=0.5, patience=0.5, record=folder / "supervisor.prom")
-    with TritonServer(release.current(releases_dir), log_path=folder / "log", supervision=supervision) as running:
-        yield running
+def started(releases_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], TritonServer]]:
+    """The server of the test before, or another one where that aborted."""
+    servers = list[TritonServer]()
+    with ExitStack() as stack:
+
+        def start() -> TritonServer:
+            if not servers or not lives(servers[-1]):
+                folder = tmp_path_factory.mktemp("supervised")
+                supervision = Supervision(interval=0.5, patience=0.5, record=folder / "supervisor.prom")
+                server = TritonServer(release.current(releases_dir), log_path=folder / "log", supervision=supervision)
+                servers.append(stack.enter_context(server))
+            return servers[-1]
+
+        yield start
+
+
+@pytest.fixture
+def watched(started: Callable[[], TritonServer]) -> TritonServer:
+    return started()
 
 
 @pytest.fixture
@@ -61,8 +76,18 @@ def until(condition: Callable[[], bool]) -> float:
     return time.monotonic() - start
 
 
+def lives(server: TritonServer) -> bool:
+    return server._process.poll() is None
+
+
 def restored(server: TritonServer, model: str) -> float:
-    """How often the model was brought back."""
+    """How often the model was brought back.
+
+    Now and then Triton 2.51 aborts when it unloads an instance whose process was killed with a lock in its hands. The
+    command then starts it again (see the last test); here nobody does.
+    """
+    if not lives(server) and "boost::interprocess::lock_exception" in server.log_path.read_text():
+        pytest.xfail("Triton aborted: boost::interprocess::lock_exception")
     assert server._supervision is not None
     return server._supervision.metrics.value("sightline_supervisor_restarts_total", target=model, result="restored")
 
@@ -123,13 +148,13 @@ def test_a_killed_process_comes_back_and_others_do_not_notice(
 
 def test_one_of_two_instances_is_replaced_while_the_other_serves(watched: TritonServer, client: Any) -> None:
     """The other one, too, in the end: both are of the model as it was loaded before."""
-    old = {process.pid for process in processes(watched, "rank_items")}
+    old, before = {process.pid for process in processes(watched, "rank_items")}, restored(watched, "rank_items")
     assert len(old) == 2
     answers = list[str]()
 
     def traffic() -> None:
         with triton.InferenceServerClient(watched.url) as own:
-            while not restored(watched, "rank_items"):
+            while lives(watched) and restored(watched, "rank_items") == before:
                 try:
                     ask(own, "rank_items")
                     answers.append("")
@@ -142,6 +167,7 @@ def test_one_of_two_instances_is_replaced_while_the_other_serves(watched: Triton
         thread.start()
     for thread in threads:
         thread.join()
+    until(lambda: restored(watched, "rank_items") > before)
     failed = list(filter(None, answers))
     assert 0 < len(failed) < len(answers) / 2  # each of them has taken its client a second
     assert all("is not healthy" in error for error in failed)
@@ -152,8 +178,9 @@ def test_one_of_two_instances_is_replaced_while_the_other_serves(watched: Triton
 
 def test_a_process_that_hangs_is_replaced(watched: TritonServer, client: Any) -> None:
     (process,) = processes(watched, "tokenize")
+    before = restored(watched, "tokenize")
     process.send_signal(signal.SIGSTOP)
-    until(lambda: restored(watched, "tokenize") == 1)
+    until(lambda: restored(watched, "tokenize") == before + 1)
     ask(client, "tokenize")
 
 
